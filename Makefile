@@ -1,0 +1,74 @@
+# What one does with this repository. `make` alone lists it. GNU make 3.81+ and a POSIX shell.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/mura-course-installed
+# Empty (`make test CONSTRAINTS=`) installs the newest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# smoke (seconds a chapter), demo (a 2-core laptop) or full (MURA on a GPU).
+MURA_PROFILE ?= demo
+export MURA_PROFILE
+PORT ?= 8000
+# Cell ids stay (Jupyter keeps them, so diffs are small); the author's own Python version goes.
+STRIP := --keep-id --extra-keys metadata.language_info.version
+HTML = _build/$(MURA_PROFILE)/_build/html
+STARTED := $(shell date +%s)
+
+.PHONY: help install book test lint bench serve clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make book    make .venv, install, execute the chapters and render them (MURA_PROFILE=$(MURA_PROFILE))"
+	@echo "make test    unit tests, then every chapter in profile smoke"
+	@echo "make lint    ruff on code and chapters; chapters must be stripped of outputs"
+	@echo "make bench   every benchmark in benchmarks/"
+	@echo "make serve   show the built book at http://127.0.0.1:$(PORT)  (PORT=...)"
+	@echo "make clean   remove built books and tool caches (keeps .venv, the demo data and finished runs)"
+	@echo "Another Python than $(PYTHON): make book PYTHON=/path/to/python3.12"
+
+install: $(INSTALLED)
+
+# The stamp is written last and holds the seconds that installing took: an interrupted install is not
+# taken for done, and a changed pyproject.toml or constraints.txt installs again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	  echo "The book needs Python 3.11, 3.12 or 3.13 (TensorFlow's builds end there)," >&2; \
+	  echo "and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "Install one of them and name it: make book PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV): some gigabytes and minutes the first time."
+	@start=$$(date +%s) && \
+	  $(PY) -m pip install -e ".[all]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) && \
+	  echo $$(( $$(date +%s) - start )) > $@.part && mv $@.part $@
+
+book: $(INSTALLED)
+	@$(PY) scripts/build_book.py --started $(STARTED) --install-stamp $(INSTALLED)
+
+# The data are prepared once, before two notebooks at a time ask for them. The limit per cell is for a
+# cell that hangs: in profile smoke a cell takes seconds.
+test: export MURA_PROFILE = smoke
+test: $(INSTALLED)
+	$(PY) -m pytest --durations=10
+	$(PY) -c "from mura_course import chapter; chapter.start()"
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+	  -n 2 --dist loadscope --durations=10 --durations-min=5 book/*.ipynb
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/nbstripout --verify $(STRIP) book/*.ipynb
+
+bench: $(INSTALLED)
+	@set -e; for benchmark in benchmarks/[!_]*.py; do \
+	  test -f "$$benchmark" || { echo "There is no benchmark in benchmarks/." >&2; exit 1; }; \
+	  echo "== $$benchmark"; $(PY) "$$benchmark"; done
+
+serve:
+	@test -f $(HTML)/index.html || { \
+	  echo "No book in $(HTML): run 'make book MURA_PROFILE=$(MURA_PROFILE)' first." >&2; exit 1; }
+	@$(PYTHON) -m http.server --bind 127.0.0.1 --directory $(HTML) $(PORT)
+
+clean:
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis build mura_course.egg-info
+	find mura_course tests scripts _ext benchmarks book -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find book -name .ipynb_checkpoints -prune -exec rm -rf {} +
