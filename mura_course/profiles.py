@@ -1,0 +1,117 @@
+"""Every size, epoch count and limit of the book, in one table of three columns: smoke, demo, full.
+
+Touches nothing but the environment variable ``MURA_PROFILE``. No chapter holds a size of its own.
+The setup chapter explains how to choose one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from .errors import ProfileError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ENVIRONMENT_VARIABLE = "MURA_PROFILE"
+
+
+def _doc(text: str):
+    """A field with its docstring, kept where `table` finds it."""
+    return field(metadata={"doc": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One column of the table. The fields' own docstrings are what `table` shows."""
+
+    name: str = _doc("smoke: seconds a chapter, for tests; demo: a 2-core laptop; full: MURA on a GPU")
+    demo_studies: int = _doc("studies rendered where no MURA is found, train and test together")
+    dev_fraction: float = _doc("share of the training images set aside for development (KL 1.3, KN 4)")
+    image_size_cnn: int = _doc("side in pixels of the square images that the funnel CNNs see (KL 1.6)")
+    funnel_filters: int = _doc("filters in the widest layer of a funnel CNN (KL Figures 27 and 28)")
+    cnn_epochs: int = _doc("epochs of training for a funnel CNN (KL 1.6.1)")
+    batch_size: int = _doc("images in a batch (KL Table 1)")
+    bootstrap_samples: int = _doc("resamplings of the patients behind a 95 % interval")
+    workers: int = _doc("threads that decode and augment images")
+    allow_random_weights: bool = _doc("go on with random weights where ImageNet's cannot be had")
+
+
+_PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="smoke",
+            demo_studies=120,
+            dev_fraction=0.1,
+            image_size_cnn=32,
+            funnel_filters=16,
+            cnn_epochs=1,
+            batch_size=16,
+            bootstrap_samples=100,
+            workers=2,
+            allow_random_weights=True,
+        ),
+        Profile(
+            name="demo",
+            demo_studies=2000,
+            dev_fraction=0.1,
+            image_size_cnn=96,
+            funnel_filters=64,
+            cnn_epochs=8,
+            batch_size=64,
+            bootstrap_samples=1000,
+            workers=2,
+            allow_random_weights=True,
+        ),
+        # The reports' own settings.
+        Profile(
+            name="full",
+            demo_studies=2000,
+            dev_fraction=0.1,
+            image_size_cnn=224,
+            funnel_filters=256,
+            cnn_epochs=8,
+            batch_size=64,
+            bootstrap_samples=1000,
+            workers=4,
+            allow_random_weights=False,
+        ),
+    )
+}
+
+NAMES: tuple[str, ...] = tuple(_PROFILES)
+
+
+def get(name: str) -> Profile:
+    """The profile called `name`; raises `ProfileError`, listing the valid names, where there is none."""
+    try:
+        return _PROFILES[name.strip().lower()]
+    except KeyError:
+        raise ProfileError(
+            f"There is no profile {name!r}. Set {ENVIRONMENT_VARIABLE} to one of: {', '.join(NAMES)}."
+        ) from None
+
+
+def current(index: pd.DataFrame | None = None) -> Profile:
+    """The profile in use: what ``MURA_PROFILE`` names, else ``full`` on MURA and ``demo`` elsewhere.
+
+    `index` is what `data.load_index` returns; only its ``attrs["is_demo"]`` is read.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    if name:
+        return get(name)
+    is_mura = index is not None and not index.attrs.get("is_demo", True)
+    return get("full" if is_mura else "demo")
+
+
+def table() -> pd.DataFrame:
+    """The table that the setup chapter shows: a row per setting, columns smoke, demo, full and meaning."""
+    import pandas as pd
+
+    settings = [setting for setting in fields(Profile) if setting.name != "name"]
+    columns = {name: [getattr(profile, s.name) for s in settings] for name, profile in _PROFILES.items()}
+    columns["meaning"] = [s.metadata["doc"] for s in settings]
+    return pd.DataFrame(columns, index=pd.Index([s.name for s in settings], name="setting"), dtype=object)
