@@ -1,0 +1,228 @@
+"""The arm behind a demo radiograph: the seven body parts, the patients, and how they are positioned.
+
+Writes nothing.  A `Scene` is one study in 3-D: bones as
+point clouds plus whatever a finding changed; `film.py` looks at it, `findings.py` edits it.  Explained in
+the appendix `a_demo_radiographs`.  Lengths in mm, angles in radians.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from .bones import CARPALS, DISTAL, METACARPALS, MIDDLE, PROXIMAL, Cloud, CloudKey, load_clouds
+from .skeleton import rotation_about, skeleton
+
+# ---------------------------------------------------------------------------------------------- body parts
+ALL = (-1e9, 1e9)
+Bone = tuple[str, tuple[float, float], float]  # name, stretch of local y, voxel pitch
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a film of a part shows: bones, longest side of the field in mm, height / width of the film."""
+
+    bones: tuple[Bone, ...]
+    field_mm: tuple[float, float]
+    aspect: tuple[float, float]
+
+    @property
+    def pitch(self) -> float:
+        """The finest voxel of the part (mm); implants and grain follow it."""
+        return min(pitch for _, _, pitch in self.bones)
+
+
+def _bones(names: list[str], pitch: float, window: tuple[float, float] = ALL) -> tuple[Bone, ...]:
+    return tuple((name, window, pitch) for name in names)
+
+
+PARTS = {
+    "SHOULDER": Part(
+        _bones(["humerus"], 1.05, (-230, 1e9))
+        + _bones(["scapula"], 0.9)
+        + _bones(["clavicle"], 1.0)
+        + _bones(["thorax"], 1.9, (-200, 1e9)),
+        (165, 215),
+        (0.8, 1.25),
+    ),
+    "HUMERUS": Part(
+        _bones(["humerus", "scapula", "clavicle"], 1.15)
+        + _bones(["radius", "ulna"], 1.15, (-160, 1e9))
+        + _bones(["thorax"], 1.9),
+        (325, 385),
+        (1.5, 2.2),
+    ),
+    "ELBOW": Part(
+        _bones(["humerus"], 0.8, (-1e9, -130)) + _bones(["radius", "ulna"], 0.75, (-160, 1e9)),
+        (130, 175),
+        (0.85, 1.4),
+    ),
+    "FOREARM": Part(
+        _bones(["humerus"], 0.9, (-1e9, -150))
+        + _bones(["radius", "ulna", *CARPALS, *METACARPALS, *PROXIMAL], 0.9),
+        (295, 340),
+        (1.6, 2.3),
+    ),
+    "WRIST": Part(
+        _bones(["radius", "ulna"], 0.72, (-1e9, -90))
+        + _bones([*CARPALS, *METACARPALS], 0.6)
+        + _bones(PROXIMAL, 0.75),
+        (108, 145),
+        (1.0, 1.5),
+    ),
+    "HAND": Part(
+        _bones(["radius", "ulna"], 0.85, (-1e9, -90))
+        + _bones([*CARPALS, *METACARPALS, *PROXIMAL, *MIDDLE, *DISTAL], 0.62),
+        (185, 220),
+        (1.0, 1.45),
+    ),
+    "FINGER": Part(
+        _bones([*METACARPALS, *PROXIMAL, *MIDDLE, *DISTAL, *CARPALS], 0.55), (80, 110), (1.2, 2.0)
+    ),
+}
+
+
+@cache
+def clouds(part: str, folder: Path) -> dict[str, Cloud]:
+    """Clouds of every bone of a body part, by name, from the cache in `folder` (built on first use)."""
+    keys: list[CloudKey] = [(bone, pitch, window) for bone, window, pitch in PARTS[part].bones]
+    return {key[0]: cloud for key, cloud in load_clouds(keys, folder).items()}
+
+
+# ------------------------------------------------------------------------------------- patients and studies
+@dataclass(frozen=True)
+class Patient:
+    """What stays the same in all films of a patient; sides differ a little, as in life."""
+
+    number: int
+    scale: dict[str, float]  # size of the bones, by side "L" / "R"
+    density: dict[str, float]  # mineral, by side
+    girth: float  # soft tissue
+    slender: np.ndarray  # (3,) width of the bones along local x, y, z
+    bend: np.ndarray  # (4,) amplitudes (mm) and phases of a slow bend
+
+    @classmethod
+    def sample(cls, seed: int, number: int) -> "Patient":
+        """The patient with this number in the data set with this seed."""
+        rng = np.random.default_rng([seed, number, 0])
+        scale, density = np.clip(rng.normal(1, 0.06), 0.85, 1.15), np.clip(rng.normal(1, 0.10), 0.75, 1.25)
+        return cls(
+            number=number,
+            scale={side: scale * rng.normal(1, 0.006) for side in "LR"},
+            density={side: density * rng.normal(1, 0.015) for side in "LR"},
+            girth=rng.uniform(0.8, 1.3),
+            slender=np.array([rng.normal(1, 0.04), 1.0, rng.normal(1, 0.04)]).clip(0.9, 1.1),
+            bend=np.concatenate([rng.normal(0, 2.2, 2), rng.uniform(0, 2 * np.pi, 2)]),
+        )
+
+
+@dataclass
+class Scene:
+    """One study in 3-D: the bones of a body part in their local frames, plus what a finding adds or moves."""
+
+    part: str
+    patient: Patient
+    side: str  # "L" or "R"; the bones are right ones, films of the left are mirrored
+    digit: int  # which finger a FINGER study is about, 1 (thumb) to 5
+    bones: dict[str, Cloud]
+    moved: dict[str, tuple] = field(default_factory=dict)  # body -> displacement in its parent's frame
+    added: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)  # body, points, mass
+    metal: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
+    tags: list[tuple[str, np.ndarray]] = field(default_factory=list)  # body, points of the finding
+
+    def frames(self, angles: dict[str, float]) -> dict[str, tuple]:
+        """World frame of every body in this study, in a pose."""
+        return skeleton().pose(angles, self.moved)
+
+    def body(self, bone: str) -> str:
+        """Body of the joint tree that carries a bone."""
+        return skeleton().body_of[bone]
+
+
+# -------------------------------------------------------------------------------------------- positioning
+# Rows of a camera: the world direction of the film's right, of its down, and of the beam.
+FROM_FRONT = np.array([[0, 0, -1], [0, -1, 0], [-1, 0, 0]], float)
+FROM_SIDE = np.array([[1, 0, 0], [0, -1, 0], [0, 0, -1]], float)
+PALM_DOWN = np.array([[-1, 0, 0], [0, 1, 0], [0, 0, -1]], float)  # fingers point up on the film
+UP = np.array([0, 1.0, 0])
+
+
+def position(part: str, view: str, rng: np.random.Generator) -> tuple[dict[str, float], np.ndarray]:
+    """Joint angles and camera of a view ("AP", "OBL" or "LAT") as a radiographer would set it up, roughly."""
+    if part in ("HAND", "FINGER", "WRIST"):
+        angles, camera = _position_hand(view, rng)
+    elif part in ("ELBOW", "FOREARM"):
+        angles, camera = _position_forearm(part, view, rng)
+    else:
+        angles, camera = _position_shoulder(part, view, rng)
+    tilt = rotation_about([0, 0, 1], np.deg2rad(rng.normal(0, 5))) @ rotation_about(
+        [1, 0, 0], rng.normal(0, 0.07)
+    )
+    return angles, tilt @ camera
+
+
+def _position_hand(view, rng):
+    u, fist = rng.uniform, rng.uniform(0, 0.3)
+    angles = dict(deviation_r=u(-0.12, 0.3), flexion_r=u(-0.15, 0.15), pro_sup_r=0.0)
+    angles |= dict(
+        cmc_flexion=u(-0.3, 0.3),
+        cmc_abduction=u(-0.3, 0.3),
+        mp_flexion_r=u(-0.4, 0.1),
+        ip_flexion_r=u(-0.4, 0.1),
+    )
+    for i in range(2, 6):
+        angles[f"mcp{i}_flexion_r"] = u(0, 0.15) + fist * u(0.3, 1)
+        angles[f"mcp{i}_abduction_r"] = u(-0.08, 0.08) + (3.2 - i) * u(-0.02, 0.07)
+        angles["pm4_flexion" if i == 4 else f"pm{i}_flexion_r"] = u(0, 0.15) + fist * u(0.3, 1)
+        angles["md3_flexion" if i == 3 else f"md{i}_flexion_r"] = u(0, 0.2) + fist / 2
+    turn = {"AP": u(-12, 12), "OBL": u(28, 48), "LAT": u(78, 102)}[view]
+    return angles, PALM_DOWN @ rotation_about(UP, np.deg2rad(turn))
+
+
+def _position_forearm(part, view, rng):
+    u = rng.uniform
+    if view == "LAT":
+        flexion = u(70, 100) if part == "ELBOW" else u(60, 95)
+        angles = dict(elbow_flexion_r=np.deg2rad(flexion), pro_sup_r=u(-0.2, 0.2))
+        return angles, FROM_SIDE @ rotation_about(UP, np.deg2rad(u(-10, 10)))
+    angles = dict(elbow_flexion_r=np.deg2rad(u(0, 18)), pro_sup_r=-u(1.2, 1.55))
+    turn = u(-12, 12) + (rng.choice([-1, 1]) * u(25, 45) if view == "OBL" else 0)
+    return angles, FROM_FRONT @ rotation_about(UP, np.deg2rad(turn))
+
+
+def _position_shoulder(part, view, rng):
+    u = rng.uniform
+    if part == "HUMERUS":
+        angles = dict(shoulder_elv_r=u(0, 0.45), shoulder_rot_r=u(-0.5, 0.5), pro_sup_r=-u(0.6, 1.5))
+        angles["elbow_flexion_r"] = u(0.6, 1.3) if view == "LAT" else u(0.1, 0.5)
+        turn = {"AP": u(-12, 12), "OBL": u(15, 35), "LAT": u(-20, 20)}[view]
+        camera = FROM_SIDE if view == "LAT" else FROM_FRONT
+        return angles, camera @ rotation_about(UP, np.deg2rad(turn))
+    angles = dict(shoulder_elv_r=u(0, 0.7), shoulder_rot_r=u(-0.9, 0.6), elv_angle_r=u(-0.2, 0.4))
+    turn = {"AP": u(-15, 15), "OBL": u(20, 38), "LAT": u(50, 65)}[view]
+    return angles, FROM_FRONT @ rotation_about(UP, np.deg2rad(turn))
+
+
+def aim(part: str, digit: int, frames: dict[str, tuple]) -> np.ndarray:
+    """World point (mm) on which a film of the part is centred."""
+
+    def point(body: str, *local: float) -> np.ndarray:
+        rotation, origin = frames[body]
+        return rotation @ np.array(local or (0.0, 0.0, 0.0)) + origin
+
+    if part == "SHOULDER":
+        return 0.75 * point("humerus_r") + 0.25 * point("scapula_r", -40, -40, -50)
+    if part == "HUMERUS":
+        return point("humerus_r", 0, -140, 0)
+    if part == "ELBOW":
+        return point("ulna_r")
+    if part == "FOREARM":
+        return point("radius_r", 5, -120, 10)
+    if part == "WRIST":
+        return point("lunate_r", 3, -5, 0)
+    if part == "HAND":
+        return 0.35 * point("3proxph_r") + 0.65 * point("thirdmc_r", 12, -12, 0)
+    if digit == 1:
+        return (point("proximal_thumb_r") + point("distal_thumb_r")) / 2
+    return (point(f"{digit}proxph_r") + 2 * point(f"midph{digit}_r")) / 3

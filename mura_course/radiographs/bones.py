@@ -1,0 +1,233 @@
+"""Bones of the demo radiographs: triangle meshes become point clouds of bone mineral.
+
+Reads the meshes of the installed `myo-sim` package (MyoSim, Apache-2.0) and writes only the cloud cache.
+Nothing here knows about joints, findings or films.  Explained in the appendix
+`a_demo_radiographs`.
+
+All lengths are millimetres.  A bone's local frame is that of its body in the model: x anterior, y up (so a
+hanging arm points to -y), z to the right.  Only right bones exist; left films are mirrored later.
+"""
+
+import hashlib
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+CARPALS = "scaphoid lunate triquetrum pisiform trapezium trapezoid capitate hamate".split()
+METACARPALS = [f"{i}mc" for i in range(1, 6)]
+PROXIMAL = ["thumbprox", *(f"{i}proxph" for i in range(2, 6))]
+MIDDLE = [f"{i}midph" for i in range(2, 6)]
+DISTAL = ["thumbdist", *(f"{i}distph" for i in range(2, 6))]
+
+FLAT = {"scapula", "thorax"}  # no shaft, hence no marrow canal
+LOW_POLY = {"humerus", "radius", "ulna", "clavicle"}  # coarse meshes with holes: closed harder, smoothed more
+
+
+class Tissue(NamedTuple):
+    """How a bone is filled and clothed, in mm: its cortex, the smoothing of its mesh, the flesh around it."""
+
+    cortex: float
+    smooth: float | None
+    flesh: tuple[float, ...]  # soft-tissue radius from the proximal to the distal end
+
+
+TISSUE = {
+    "humerus": Tissue(3.6, 2.0, (38, 30, 9)),
+    "radius": Tissue(2.7, 1.6, (12, 22, 9)),
+    "ulna": Tissue(2.7, 1.6, (11, 22, 9)),
+    "clavicle": Tissue(1.8, 1.6, (20, 20)),
+    "scapula": Tissue(1.1, 0.7, (32, 32)),
+    "thorax": Tissue(0.8, 1.2, (30, 30)),
+    **dict.fromkeys(CARPALS, Tissue(0.7, None, (11, 11))),
+    **dict.fromkeys(METACARPALS, Tissue(1.6, None, (10, 8.5))),
+    **dict.fromkeys(PROXIMAL, Tissue(1.25, None, (7.5, 6.5))),
+    **dict.fromkeys(MIDDLE, Tissue(1.0, None, (6, 5.5))),
+    **dict.fromkeys(DISTAL, Tissue(0.7, None, (5, 4.5))),
+}
+
+
+class Cloud(NamedTuple):
+    """A bone as N jittered points, one per voxel, each carrying the mineral of its voxel.
+
+    points: (N, 3) float32, mm, local frame.  mass: (N,) float32, mm^3 of solid cortical bone.
+    depth: (N,) float32, mm below the surface.  flesh: (N,) float32, soft-tissue radius in mm.
+    pitch: voxel edge in mm.
+    """
+
+    points: np.ndarray
+    mass: np.ndarray
+    depth: np.ndarray
+    flesh: np.ndarray
+    pitch: float
+
+
+def models_folder() -> Path:
+    """Folder of MyoSim's models; raises ModuleNotFoundError, with the remedy, where there is none."""
+    spec = importlib.util.find_spec("myo_sim")  # found, not imported: importing it would load MuJoCo
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("The demo radiographs need the bone meshes of myo-sim: pip install myo-sim")
+    return Path(spec.submodule_search_locations[0]) / "models"
+
+
+def read_stl(path: Path) -> np.ndarray:
+    """Triangles of a binary STL file as (T, 3, 3) float64 in mm (the files are in metres)."""
+    raw = np.fromfile(path, np.uint8)
+    count = int(raw[80:84].view("<u4")[0]) if len(raw) >= 84 else -1
+    if count < 1 or len(raw) != 84 + 50 * count:
+        raise ValueError(f"{path} is not a whole binary STL file: reinstall the package myo-sim")
+    records = np.ascontiguousarray(raw[84:].reshape(-1, 50)[:, 12:48])
+    return records.view("<f4").reshape(-1, 3, 3).astype(np.float64) * 1000
+
+
+def close_mesh(triangles: np.ndarray) -> np.ndarray:
+    """Add a fan from every connected set of open edges to its centroid: enough for voxels, never drawn."""
+    vertices, corner = np.unique(triangles.reshape(-1, 3).round(2), axis=0, return_inverse=True)
+    corner = corner.reshape(-1, 3)
+    edges = np.sort(np.concatenate([corner[:, [0, 1]], corner[:, [1, 2]], corner[:, [2, 0]]]), axis=1)
+    edges, times = np.unique(edges[edges[:, 0] != edges[:, 1]], axis=0, return_counts=True)
+    edges = edges[times == 1]
+    if not len(edges):
+        return triangles
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(vertices),) * 2)
+    hole = connected_components(graph, directed=False)[1][edges[:, 0]]
+    centre = {h: vertices[np.unique(edges[hole == h])].mean(0) for h in np.unique(hole)}
+    fan = np.stack([vertices[edges[:, 0]], vertices[edges[:, 1]], [centre[h] for h in hole]], axis=1)
+    return np.concatenate([triangles, fan])
+
+
+def surface_samples(triangles: np.ndarray, step: float, rng: np.random.Generator) -> np.ndarray:
+    """Points spread evenly over the surface, about six per step^2, and every corner: (M, 3) mm."""
+    a, b, c = triangles[:, 0], triangles[:, 1], triangles[:, 2]
+    area = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
+    i = np.repeat(np.arange(len(area)), rng.poisson(area * 6 / step**2) + 1)
+    u, v = rng.random((2, len(i)))
+    fold = u + v > 1
+    u[fold], v[fold] = 1 - u[fold], 1 - v[fold]
+    inner = a[i] + u[:, None] * (b - a)[i] + v[:, None] * (c - a)[i]
+    return np.concatenate([inner, triangles.reshape(-1, 3)])
+
+
+def solidify(
+    triangles: np.ndarray, pitch: float, bone: str, window: tuple[float, float], rng: np.random.Generator
+):
+    """Voxels inside a mesh that may have holes: (X, Y, Z) bool, and the corner of the grid in mm.
+
+    A plain 3-D fill leaks through every gap, so 2-D slices along the three axes are filled and vote.
+    Only the stretch of y in `window` is worked out, with a margin for the filters.
+    """
+    samples = surface_samples(close_mesh(triangles), pitch, rng)
+    margin = 8 * pitch + 4
+    samples = samples[(samples[:, 1] > window[0] - margin) & (samples[:, 1] < window[1] + margin)]
+    low = samples.min(0) - 6 * pitch
+    shape = np.ceil((samples.max(0) - low) / pitch).astype(int) + 6
+    shell = np.zeros(shape, bool)
+    shell[tuple(((samples - low) / pitch).astype(int).T)] = True
+    shell = ndimage.binary_closing(shell, iterations=2)
+    filled = fill_pockets(sum(fill_slices(shell, axis) for axis in range(3)) >= 2)
+    if bone in LOW_POLY:
+        filled = fill_pockets(ndimage.binary_closing(filled, iterations=2))
+    smooth = TISSUE[bone].smooth or max(0.45, pitch)
+    soft = ndimage.gaussian_filter(filled.astype(np.float32), smooth / pitch, truncate=3)
+    thin_sheet = (
+        filled & (soft > 0.25) if bone in FLAT else False
+    )  # smoothing must not eat the shoulder blade
+    return (soft > 0.5) | thin_sheet, low
+
+
+def fill_slices(solid: np.ndarray, axis: int) -> np.ndarray:
+    """Fill the outline in every 2-D slice across `axis`: (X, Y, Z) uint8, 1 inside."""
+    slices = np.ascontiguousarray(np.moveaxis(solid, axis, 0)).astype(np.uint8)
+    for image in slices:
+        if image.any():
+            outlines, _ = cv2.findContours(image, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(image, outlines, -1, 1, cv2.FILLED)
+    return np.moveaxis(slices, 0, axis)
+
+
+def fill_pockets(solid: np.ndarray) -> np.ndarray:
+    """Fill whatever the outside cannot reach; the grid's corner is outside."""
+    regions, _ = ndimage.label(~solid)
+    return regions != regions[0, 0, 0]
+
+
+def octave_noise(shape: tuple[int, ...], sigmas: list[float], rng: np.random.Generator) -> np.ndarray:
+    """Smooth noise of unit variance: the sum of one blurred white noise per sigma (voxels)."""
+    total = np.zeros(shape, np.float32)
+    for sigma in sigmas:
+        noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma)
+        total += noise / noise.std()
+    return total / np.sqrt(len(sigmas))
+
+
+def build_cloud(bone: str, pitch: float, window: tuple[float, float]) -> Cloud:
+    """Fill a bone with mineral: compact cortex, spongy ends, an almost empty canal along the shaft.
+
+    window: the stretch of local y (mm) to keep, for parts that need one end of a long bone only.
+    """
+    rng = np.random.default_rng(list(bone.encode()))
+    triangles = read_stl(models_folder() / "meshes" / f"{bone}.stl")
+    if bone == "thorax":
+        triangles = triangles[triangles[..., 2].mean(1) > -40]  # the half beside the arm
+    inside, low = solidify(triangles, pitch, bone, window, rng)
+    depth = ndimage.distance_transform_edt(inside).astype(np.float32) * pitch - 0.5 * pitch
+    inside = depth > 0.25 * pitch  # the rasterised surface stands half a voxel proud of the true one
+    voxels = np.argwhere(inside)
+    depth = depth[inside]
+    points = low + (voxels + rng.random(voxels.shape)) * pitch  # jitter: a bare grid would show as moire
+    along = long_axis_position(points, triangles.reshape(-1, 3))
+    shaft = np.zeros_like(along) if bone in FLAT else 1 - np.abs(2 * along - 1) ** 4
+    cortex = TISSUE[bone].cortex * (0.25 + 0.75 * shaft)
+    shell = 1 / (1 + np.exp(np.clip((depth - cortex) / (0.18 * cortex + 0.12), -30, 30)))
+    grain = octave_noise(inside.shape, [0.7 / pitch, 1.6 / pitch], rng)[inside]
+    spongy = np.clip(0.34 - 0.27 * shaft**0.7 + 0.13 * grain * (1 - 0.75 * shaft), 0.02, 1)
+    density = shell * (0.80 + 0.2 * shaft) + (1 - shell) * spongy
+    if bone == "thorax":
+        density *= 0.45
+    y, ends = points[:, 1], (triangles[..., 1].min(), triangles[..., 1].max())
+    knots = np.linspace(0, 1, len(TISSUE[bone].flesh))
+    flesh = np.interp((ends[1] - y) / (ends[1] - ends[0]), knots, TISSUE[bone].flesh)
+    keep = (y > window[0]) & (y < window[1])
+    columns = (points, density * pitch**3, depth, flesh)
+    return Cloud(*(np.ascontiguousarray(c[keep], np.float32) for c in columns), pitch)
+
+
+def long_axis_position(points: np.ndarray, mesh: np.ndarray) -> np.ndarray:
+    """Where each point lies along the principal axis of the whole bone, 0 to 1: (N,)."""
+    centre = mesh.mean(0)
+    axis = np.linalg.eigh(np.cov((mesh - centre).T))[1][:, -1]
+    ends = (mesh - centre) @ axis
+    return np.clip(((points - centre) @ axis - ends.min()) / np.ptp(ends), 0, 1)
+
+
+CloudKey = tuple[str, float, tuple[float, float]]
+
+
+def load_clouds(keys: list[CloudKey], folder: Path) -> dict[CloudKey, Cloud]:
+    """Clouds for `keys` (bone, pitch, window), built on first use and kept as one file per cloud in `folder`.
+
+    The files' names carry a hash of this module, so a change of the recipe rebuilds them.
+    """
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
+    folder = folder / recipe
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def load(key: CloudKey) -> Cloud:
+        file = folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".npy")
+        if not file.exists():
+            cloud = build_cloud(*key)
+            beside = file.with_suffix(f".{id(key)}.tmp")
+            with open(beside, "wb") as stream:
+                np.save(stream, np.column_stack(cloud[:4]))
+            beside.replace(file)
+        table = np.load(file)
+        return Cloud(np.ascontiguousarray(table[:, :3]), *np.ascontiguousarray(table[:, 3:].T), key[1])
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(keys, pool.map(load, keys), strict=True))

@@ -1,0 +1,208 @@
+"""How a film is set up and what it catches: settings, projection of the bones, soft tissue around them.
+
+Everything about a film that is not anatomy - size, field, exposure, collimation, markers - is drawn in
+`Settings` without knowledge of the label, so that no classifier can read the label off the frame.  Images are
+float32 (H, W) of thickness in mm; `film.py` makes grey levels of them.  Explained step by step in the
+appendix `a_demo_radiographs`.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from .anatomy import PARTS, Scene, aim, position
+from .skeleton import rotation_about, skeleton
+
+SUPERSAMPLE = 2  # film pixels are averages of 2 x 2 finer ones
+MARGIN = 32  # fine pixels around the film: bones beyond the edge still cast soft tissue into it
+COARSE = 4  # soft tissue is smooth: worked out on a grid four times coarser
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one film is taken; drawn from a stream of random numbers of its own."""
+
+    view: str
+    angles: dict[str, float]  # joint angles, rad
+    camera: np.ndarray  # (3, 3), rows: right, down, beam
+    target: np.ndarray  # (3,) world point in the middle of the film, mm (of the healthy arm)
+    shape: tuple[int, int]  # height, width in pixels
+    field_mm: float  # length that the film's longest side covers at the target
+    offset: np.ndarray  # (2,) decentring, share of the longest side
+    distance: float  # from the X-ray source to the target, mm
+    noise_seed: int
+    exposure: dict[str, float]
+    collimated: bool
+    colour: bool  # stored as RGB
+
+    @classmethod
+    def sample(cls, part: str, digit: int, view: str, long_side: int, rng: np.random.Generator) -> "Settings":
+        """Draw the settings of a film of a part in a view; the longest side is `long_side` pixels or less."""
+        spec, u = PARTS[part], rng.uniform
+        angles, camera = position(part, view, rng)
+        target = aim(part, digit, skeleton().pose(angles))
+        aspect = np.exp(u(*np.log(spec.aspect)))
+        if view == "LAT" and part in ("ELBOW", "FOREARM"):  # a bent elbow: the forearm lies across the film
+            aspect = 1 / aspect if part == "FOREARM" else u(0.8, 1.2)
+        longest = long_side if rng.random() < 0.8 else int(long_side * u(0.6, 1))
+        shape = (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
+        if rng.random() < 0.08:  # some films are stored sideways
+            shape = shape[::-1]
+            camera = rotation_about([0, 0, 1], rng.choice([-1, 1]) * np.pi / 2) @ camera
+        exposure = dict(
+            bone=u(0.058, 0.082),
+            soft=u(0.014, 0.021),
+            blur=u(0.4, 0.8),
+            heel_x=u(-0.06, 0.06),
+            heel_y=u(-0.06, 0.06),
+            veil=u(0.003, 0.02),
+            photons=np.exp(u(np.log(2000), np.log(12000))),
+            white=u(1.1, 1.3),
+            black=u(0, 0.12),
+            sharpen=u(0, 0.7),
+            sharpen_sigma=u(2, 6),
+            gamma=u(0.75, 1.25),
+        )
+        return cls(
+            view,
+            angles,
+            camera,
+            target,
+            shape,
+            u(*spec.field_mm),
+            rng.normal(0, 0.02, 2),
+            u(900, 1400),
+            int(rng.integers(2**31)),
+            exposure,
+            rng.random() < 0.55,
+            rng.random() < 0.5,
+        )
+
+
+class Projector:
+    """Maps local points of a scene's bodies to fine pixels of one film."""
+
+    def __init__(self, scene: Scene, settings: Settings):
+        self.frames = scene.frames(settings.angles)
+        self.settings, self.patient, self.side = settings, scene.patient, scene.side
+        height, width = settings.shape
+        self.size = (height * SUPERSAMPLE + 2 * MARGIN, width * SUPERSAMPLE + 2 * MARGIN)
+        self.scale = SUPERSAMPLE * max(settings.shape) / settings.field_mm  # fine pixels per mm at the target
+        self.magnify = self.scale * scene.patient.scale[scene.side]
+        self.mirror = 1 if scene.side == "R" else -1
+        self.slender = scene.patient.slender
+
+    def __call__(self, body: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x and y in fine pixels, float32, of (N, 3) local points; perspective, then the patient's bend."""
+        s, (rotation, origin) = self.settings, self.frames[body]
+        matrix = (s.camera @ rotation * self.slender).astype(np.float32)
+        q = matrix @ points.T  # (3, N): rows lie together in memory
+        q += (s.camera @ (origin - s.target)).astype(np.float32)[:, None]
+        grow = np.float32(self.magnify) / (1 + q[2] * np.float32(1 / s.distance))
+        ax, ay, px, py = (np.float32(b) for b in self.patient.bend)
+        x, y = q[0] * grow, q[1] * grow
+        wave = np.float32(2.2 / (s.field_mm * self.scale))
+        x += ax * np.float32(self.scale) * np.sin(y * wave + px)
+        y += ay * np.float32(self.scale) * np.sin(x * wave + py)
+        dx, dy = s.offset * max(s.shape) * SUPERSAMPLE
+        return x * np.float32(self.mirror) + np.float32(self.size[1] / 2 + dx), y + np.float32(
+            self.size[0] / 2 + dy
+        )
+
+    def splat(self, x: np.ndarray, y: np.ndarray, mass: np.ndarray) -> np.ndarray:
+        """Thickness image (mm of cortical bone) of projected points carrying mass in mm^3."""
+        growth = (
+            self.patient.slender.prod() * self.patient.scale[self.side] ** 3
+        )  # bigger bones hold more mineral
+        return add_up(x, y, mass, self.size) * np.float32(growth * self.scale**2)
+
+
+def add_up(x: np.ndarray, y: np.ndarray, weight: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Sum of the weights that fall into each pixel; points outside fall on the rim, which is cleared."""
+    height, width = size
+    index = np.clip(y, 0, height - 1).astype(np.intp)
+    index *= width
+    index += np.clip(x, 0, width - 1).astype(np.intp)
+    image = np.bincount(index, weight, height * width).reshape(size).astype(np.float32)
+    image[[0, -1]] = 0
+    image[:, [0, -1]] = 0
+    return image
+
+
+def blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur with mirrored edges."""
+    return cv2.GaussianBlur(image, (0, 0), float(sigma), borderType=cv2.BORDER_REFLECT)
+
+
+def project(scene: Scene, projector: Projector) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bone, metal and soft tissue in mm, each at film size (H, W) float32."""
+    xs, ys, masses, flesh = [], [], [], []
+    for bone, cloud in scene.bones.items():
+        if bone == "thorax" and scene.part == "HUMERUS" and projector.settings.view == "LAT":
+            continue  # the arm is held away from the chest
+        x, y = projector(scene.body(bone), cloud.points)
+        xs.append(x), ys.append(y), masses.append(cloud.mass), flesh.append(cloud.flesh)
+    x, y = np.concatenate(xs), np.concatenate(ys)
+    bone = projector.splat(x, y, np.concatenate(masses)) * np.float32(scene.patient.density[scene.side])
+    soft = soft_tissue(x, y, np.concatenate(flesh), projector)
+    layers = []
+    for items in (scene.added, scene.metal):
+        layer = np.zeros_like(bone)
+        for body, points, mass in items:
+            layer += projector.splat(*projector(body, points), mass)
+        layers.append(layer)
+    bone += layers[0]
+    bone, metal = (
+        to_film(bone),
+        to_film(layers[1]) if scene.metal else np.zeros(projector.settings.shape, np.float32),
+    )
+    grain = 0.4 * PARTS[scene.part].pitch * projector.scale / SUPERSAMPLE  # a point stands for a whole voxel
+    return blur(bone, min(0.9, grain)), metal, to_film(soft)
+
+
+def to_film(fine: np.ndarray) -> np.ndarray:
+    """Cut the margin off and average 2 x 2 fine pixels."""
+    inner = fine[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    return cv2.resize(inner, None, fx=1 / SUPERSAMPLE, fy=1 / SUPERSAMPLE, interpolation=cv2.INTER_AREA)
+
+
+def soft_tissue(x: np.ndarray, y: np.ndarray, flesh: np.ndarray, projector: Projector) -> np.ndarray:
+    """Soft tissue in mm on the fine grid: round in section, as thick as the nearest bone's flesh."""
+    size = tuple(-(-n // COARSE) for n in projector.size)
+    every = slice(None, None, 4)
+    x, y = x[every] / COARSE, y[every] / COARSE
+    count = add_up(x, y, np.ones(len(x), np.float32), size)
+    radius = add_up(x, y, flesh[every], size) / np.maximum(count, 1)
+    empty = (count == 0).astype(np.uint8)
+    if empty.all():
+        return np.zeros(projector.size, np.float32)
+    distance, nearest = cv2.distanceTransformWithLabels(empty, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    of_label = np.zeros(nearest.max() + 1, np.float32)
+    of_label[nearest[empty == 0]] = radius[empty == 0]
+    mm = COARSE / projector.scale
+    radius = blur(of_label[nearest], 0.8 * radius[empty == 0].mean() / mm) * np.float32(
+        projector.patient.girth
+    )
+    inside = distance * np.float32(mm) / radius
+    depth = 1.7 * radius * np.sqrt(np.clip(1 - inside**2, 0, None)) + 0.25 * radius * (inside < 0.8)
+    return cv2.resize(blur(depth, 1.3), projector.size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def finding_box(scene: Scene, projector: Projector, opening: np.ndarray) -> tuple | None:
+    """Box of the finding on the film (x0, y0, x1, y1), or None where less than half of it can be seen."""
+    if not scene.tags:
+        return None
+    x, y = (
+        np.concatenate(c)
+        for c in zip(*(projector(b, p.astype(np.float32)) for b, p in scene.tags), strict=True)
+    )
+    x, y = (x - MARGIN) / SUPERSAMPLE, (y - MARGIN) / SUPERSAMPLE
+    height, width = projector.settings.shape
+    seen = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    seen[seen] = opening[y[seen].astype(int), x[seen].astype(int)] > 0.5
+    if seen.mean() < 0.5:
+        return None
+    x0, x1 = np.quantile(x[seen], [0.01, 0.99])
+    y0, y1 = np.quantile(y[seen], [0.01, 0.99])
+    return tuple(int(v) for v in (x0, y0, np.ceil(x1), np.ceil(y1))) if x1 - x0 > 1 and y1 - y0 > 1 else None
