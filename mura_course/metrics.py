@@ -1,0 +1,252 @@
+"""Scores with intervals: from predictions to one row per body part, at image or at study level.
+
+Pure functions on DataFrames: reads no files, writes none, imports no deep-learning framework. A
+radiologist reads a *study*, a network reads an *image*; a report says which of the two its numbers are about.
+Chapter 10 explains both levels and the bootstrap; every chapter that trains uses the reports.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from .errors import MuraError
+
+METRICS = {
+    "accuracy": "Accuracy",
+    "auroc": "AUROC",
+    "kappa": "Cohen's kappa",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+}
+"""Column name in a report -> the name that a reader sees."""
+
+COUNTS = ("level", "n", "patients", "positives")
+PROVENANCE = ("data", "is_demo", "fingerprint", "profile", "weights", "run")
+# Resamples are drawn in blocks of about this many float64 weights, which stay in the processor's cache.
+_CELLS = 100_000
+
+
+class PredictionsError(MuraError, ValueError):
+    """Predictions that cannot be scored; the message says which rows and why."""
+
+
+def image_report(
+    predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Score every image on its own: one row per body part present, and OVERALL.
+
+    predictions: index columns (`body_part`, `patient`, `study`, `label`, ...) + `probability` of abnormal,
+    in [0, 1]. threshold: an image is called abnormal where probability > threshold (as Keras and the MURA
+    paper do). samples, seed: resamples of the bootstrap, and its seed.
+
+    Returns columns `level`, `n`, `patients`, `positives`, and for each metric of `METRICS` four columns:
+    (metric, "value"), (metric, "low"), (metric, "high"), the value and its 95 % interval; and
+    (metric, "resamples"), how many resamples the interval comes from. So `report["auroc"]` is a table of
+    value, low, high by body part. A metric that is undefined (AUROC of one class only, ...) is NaN; resamples
+    in which it is are left out of the interval and of "resamples". `report.attrs` says level, and data and
+    weights where `predictions.attrs` does.
+
+    The interval is the percentile interval of a bootstrap over PATIENTS: images of one patient resemble
+    each other, and resampling single images would give intervals that are too narrow. Where all predictions
+    are right, the interval is the single point 1: too few errors to bootstrap, not certainty.
+
+    Raises PredictionsError: no rows, a missing column, probabilities or labels that cannot be scored.
+    """
+    return _report(check(predictions), "image", threshold, samples, seed)
+
+
+def study_report(
+    predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Score studies, a study's probability being the mean over its views (MURA paper, section 3).
+
+    Arguments, result and errors as in `image_report`; `n` and `positives` count studies. Raises
+    PredictionsError also where the images of one study bear two labels.
+    """
+    return _report(study_predictions(predictions), "study", threshold, samples, seed)
+
+
+def study_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
+    """One row per study: `study`, `label`, `body_part`, `patient`, `split` if given, `probability`, `views`.
+
+    probability: the mean over the study's views, of which there are `views`. Errors as in `study_report`.
+    """
+    predictions = check(predictions)
+    studies = predictions.groupby("study", sort=True, observed=True)
+    constant = ["label", "body_part", "patient"] + ["split"] * ("split" in predictions)
+    for column in constant:
+        varying = studies[column].nunique()
+        if (varying > 1).any():
+            raise PredictionsError(
+                f"{(varying > 1).sum()} studies have more than one {column}, first {varying.idxmax()!r}: a "
+                "study is one patient's, of one body part, with one label. Correct that column."
+            )
+    table = studies[constant].first()
+    table["probability"] = studies["probability"].mean()
+    table["views"] = studies.size()
+    table = table.reset_index()
+    table.attrs = dict(predictions.attrs)
+    return table
+
+
+def format_report(report: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """The report for a reader's eye: "0.75 [0.71, 0.79]" per metric, "undefined" where there is none.
+
+    Where the interval rests on fewer resamples than were drawn, the string says on how many.
+    """
+    shown = pd.DataFrame({column: report[column] for column in COUNTS}, index=report.index)
+    for metric, title in METRICS.items():
+        shown[title] = [
+            _cell(row, report.attrs.get("samples"), digits) for row in report[metric].itertuples(index=False)
+        ]
+    shown.attrs = dict(report.attrs)
+    return shown
+
+
+def provenance_of(table: pd.DataFrame) -> dict:
+    """What a table's attrs say about where it came from; a table cut from the index names its data `name`."""
+    attrs = {"data": table.attrs["name"]} if "name" in table.attrs else {}
+    return attrs | {key: table.attrs[key] for key in PROVENANCE if key in table.attrs}
+
+
+def check(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The predictions with float probabilities and int labels; PredictionsError says what is wrong."""
+    needed = ["body_part", "patient", "study", "label", "probability"]
+    missing = [column for column in needed if column not in predictions]
+    if missing:
+        raise PredictionsError(
+            f"The predictions lack the column(s) {', '.join(missing)}. They need the columns of the index "
+            "(see data.load_index) and `probability`, the predicted probability of abnormal."
+        )
+    if predictions.empty:
+        raise PredictionsError("The predictions are empty: no image to score. Is the split's name right?")
+    probability = pd.to_numeric(predictions["probability"], errors="coerce")
+    wrong = ~probability.between(0, 1)  # NaN is not between
+    if wrong.any():
+        raise PredictionsError(
+            f"{wrong.sum()} of {len(predictions)} probabilities are not between 0 and 1, first "
+            f"{predictions['probability'][wrong].iloc[0]!r} at row {predictions.index[wrong][0]!r}. "
+            "Give the output after the sigmoid; NaN means that the training diverged."
+        )
+    gaps = predictions[needed].isna().any()
+    if gaps.any():
+        raise PredictionsError(
+            f"The predictions have empty cells in column(s) {', '.join(gaps.index[gaps])}."
+        )
+    if "path" in predictions and predictions["path"].duplicated().any():
+        twice = predictions["path"][predictions["path"].duplicated()]
+        raise PredictionsError(
+            f"{len(twice)} images are predicted more than once, first {twice.iloc[0]!r}: "
+            "score one model at a time."
+        )
+    if not predictions["label"].isin([0, 1]).all():
+        other = sorted(set(predictions["label"].astype(str)) - {"0", "1"})[:5]
+        raise PredictionsError(f"Labels must be 0 (normal) or 1 (abnormal); found also {', '.join(other)}.")
+    return predictions.assign(probability=probability.astype(float), label=predictions["label"].astype(int))
+
+
+def _report(rows: pd.DataFrame, level: str, threshold: float, samples: int, seed: int) -> pd.DataFrame:
+    """One row per body part and OVERALL; `rows` are images or studies."""
+    parts = {str(part): group for part, group in rows.groupby("body_part", observed=True, sort=True)}
+    parts = dict(sorted(parts.items())) | {"OVERALL": rows}
+    summaries = {
+        part: _summary(group, level, threshold, samples, _generator(seed, part))
+        for part, group in parts.items()
+    }
+    table = pd.DataFrame.from_dict(summaries, orient="index")
+    table.columns = pd.MultiIndex.from_tuples(table.columns)
+    table.index.name = "body_part"
+    table.attrs = provenance_of(rows) | {"level": level, "threshold": threshold, "samples": samples}
+    return table
+
+
+def _generator(seed: int, part: str) -> np.random.Generator:
+    """A stream per body part: its interval does not depend on which other parts are in the table."""
+    return np.random.default_rng([seed, zlib.crc32(part.encode())])
+
+
+def _summary(rows: pd.DataFrame, level: str, threshold: float, samples: int, rng) -> dict:
+    patients, patient = np.unique(rows["patient"].to_numpy(), return_inverse=True)
+    scorer = _Scorer(rows["label"].to_numpy(), rows["probability"].to_numpy(), patient, threshold)
+    value = {metric: v[0] for metric, v in scorer(np.ones((1, len(patients)))).items()}
+    blocks = [scorer(weights) for weights in _resample(len(patients), len(rows), samples, rng)]
+    counts = (level, len(rows), len(patients), int(rows["label"].sum()))
+    summary = {(column, ""): count for column, count in zip(COUNTS, counts, strict=True)}
+    for metric in METRICS:
+        drawn = np.concatenate([block[metric] for block in blocks]) if blocks else np.empty(0)
+        drawn = drawn[~np.isnan(drawn)]
+        # Without a value there is nothing for an interval to be around.
+        defined = len(drawn) > 0 and not np.isnan(value[metric])
+        low, high = np.percentile(drawn, [2.5, 97.5]) if defined else (np.nan, np.nan)
+        summary |= {(metric, "value"): value[metric], (metric, "low"): low, (metric, "high"): high}
+        summary[metric, "resamples"] = len(drawn)
+    return summary
+
+
+def _resample(patients: int, rows: int, samples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Blocks of weights, float64 (resamples, patients): how often each patient was drawn."""
+    block = max(1, _CELLS // max(patients, rows))
+    for start in range(0, samples, block):
+        size = min(block, samples - start)
+        drawn = rng.integers(patients, size=(size, patients)) + patients * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * patients).reshape(size, patients).astype(float)
+
+
+class _Scorer:
+    """All metrics under many weightings of the patients at once; sorts and counts only once.
+
+    Called with weights (resamples, patients), returns {metric: float64 (resamples,)}, NaN where undefined.
+    """
+
+    def __init__(self, label: np.ndarray, probability: np.ndarray, patient: np.ndarray, threshold: float):
+        """label 0/1, probability in [0, 1], patient 0, 1, 2, ...: all of shape (rows,)."""
+        called, abnormal = probability > threshold, label == 1
+        cells = [abnormal & called, ~abnormal & called, ~abnormal & ~called, abnormal & ~called]
+        # (patients, 4): each patient's true positives, false positives, true negatives, false negatives.
+        self.confusion = np.stack([np.bincount(patient, cell) for cell in cells], axis=1)
+        order = np.argsort(probability, kind="stable")
+        self.label, self.patient = label[order], patient[order]
+        # Where each group of equal probabilities begins: ties count one half in the AUROC.
+        self.starts = np.flatnonzero(np.r_[True, np.diff(probability[order]) > 0])
+
+    def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        tp, fp, tn, fn = (weights @ self.confusion).T
+        n = tp + fp + tn + fn
+        with np.errstate(invalid="ignore", divide="ignore"):
+            agreement = (tp + tn) / n
+            chance = ((tp + fp) * (tp + fn) + (fn + tn) * (fp + tn)) / n**2
+            scores = {
+                "accuracy": agreement,
+                "auroc": self._auroc(weights),
+                "kappa": (agreement - chance) / np.where(chance < 1, 1 - chance, np.nan),
+                "sensitivity": tp / (tp + fn),
+                "specificity": tn / (tn + fp),
+                "f1": 2 * tp / (2 * tp + fp + fn),
+            }
+        return scores
+
+    def _auroc(self, weights: np.ndarray) -> np.ndarray:
+        """Weighted share of (abnormal, normal) pairs where the abnormal one is higher; ties count half."""
+        weights = weights[:, self.patient]
+        abnormal = weights * self.label
+        normal = weights - abnormal
+        if len(self.starts) < len(self.label):  # ties
+            abnormal = np.add.reduceat(abnormal, self.starts, axis=1)
+            normal = np.add.reduceat(normal, self.starts, axis=1)
+        below = np.cumsum(normal, axis=1) - normal / 2
+        pairs = np.einsum("rg,rg->r", abnormal, below)
+        return pairs / (abnormal.sum(axis=1) * normal.sum(axis=1))
+
+
+def _cell(row, samples: int | None, digits: int) -> str:
+    if np.isnan(row.value):
+        return "undefined"
+    if np.isnan(row.low):
+        return f"{row.value:.{digits}f} [no interval]"
+    text = f"{row.value:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
+    return text if samples in (None, row.resamples) else f"{text} ({row.resamples} of {samples} resamples)"
