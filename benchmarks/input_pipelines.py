@@ -1,0 +1,256 @@
+"""Races the input pipelines of chapter 4: ImageDataGenerator, tf.data, torchvision's DataLoader, `Batches`.
+
+    python benchmarks/input_pipelines.py [--films 512] [--rounds 5] [--seconds 3]
+
+All deliver KL's "train augmented" (224 px, RGB float32 in 0..1, batches of 64, rotation up to 30 degrees, flip)
+from the same PNG films, written to a temporary folder, which is all that this writes. Each pipeline lives in a
+process of its own; the rounds take turns, so that whatever else the machine does falls on all alike.
+tf.data has no rotation operation, so its rotation is Keras' RandomRotation layer, on the batch.
+
+Prints images/s (median over the rounds), the ratios, each process's peak memory, and the share of its time
+that a consumer of 2,000 images/s (a small GPU in mixed precision) waits for data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+SIZE, BATCH, ROTATION, CONSUMER = 224, 64, 30.0, 2000
+TITLES = {
+    "imagedatagenerator": "tf.keras ImageDataGenerator",
+    "tfdata": "tf.data (AUTOTUNE)",
+    "torchvision": "torchvision + DataLoader, 2 workers",
+    "batches": "Batches -> NumPy, 2 workers",
+    "batches_keras": "Batches.keras() -> tf.Tensor",
+    "batches_torch": "Batches.torch() -> torch tensor",
+}
+
+
+def write_films(folder: Path, count: int) -> None:
+    """Grey PNG files of 320 px, as smooth and as noisy as films, in two folders named for their label."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        shape = (320, int(rng.integers(200, 320)))
+        blobs = cv2.resize(rng.random((10, 8), np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC)
+        film = np.clip(200 * blobs + rng.normal(0, 3, shape), 0, 255).astype(np.uint8)
+        place = folder / "films" / str(number % 2)
+        place.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(place / f"{number:05d}.png"), film)
+
+
+def film_index(folder: Path) -> pd.DataFrame:
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("films/*/*.png"))
+    index = pd.DataFrame({"path": paths, "split": "train", "label": [int(path[6]) for path in paths]})
+    index.attrs = {"root": str(folder), "name": "synthetic", "is_demo": True}
+    return index
+
+
+# --- The pipelines: each an endless iterator over (x, y) ----------------------------------------------
+
+
+def imagedatagenerator(folder: Path) -> Iterator:
+    import tensorflow as tf
+
+    generator = tf.keras.preprocessing.image.ImageDataGenerator(
+        rescale=1 / 255, rotation_range=ROTATION, horizontal_flip=True
+    )
+    return generator.flow_from_directory(
+        str(folder / "films"), target_size=(SIZE, SIZE), batch_size=BATCH, class_mode="binary", seed=0
+    )
+
+
+def tfdata(folder: Path) -> Iterator:
+    import keras
+    import tensorflow as tf
+
+    rotate = keras.layers.RandomRotation(ROTATION / 360, fill_mode="nearest", interpolation="bilinear")
+    index = film_index(folder)
+
+    def load(path, label):
+        image = tf.io.decode_png(tf.io.read_file(path), channels=3)
+        image = tf.image.resize(image, (SIZE, SIZE)) / 255.0
+        return tf.image.random_flip_left_right(image), label
+
+    files = tf.data.Dataset.from_tensor_slices(([str(folder / p) for p in index["path"]], index["label"]))
+    films = files.shuffle(len(index), seed=0).repeat().map(load, num_parallel_calls=tf.data.AUTOTUNE)
+    batches = films.batch(BATCH).map(lambda x, y: (rotate(x, training=True), y), tf.data.AUTOTUNE)
+    return iter(batches.prefetch(tf.data.AUTOTUNE))
+
+
+def torchvision(folder: Path) -> Iterator:
+    import torch
+    from torchvision import datasets, transforms
+
+    torch.manual_seed(0)
+    steps = [
+        transforms.Resize((SIZE, SIZE)),
+        transforms.RandomRotation(ROTATION, transforms.InterpolationMode.BILINEAR),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+    ]
+    films = datasets.ImageFolder(str(folder / "films"), transforms.Compose(steps))
+    endless = torch.utils.data.RandomSampler(films, replacement=True, num_samples=10**9)
+    return iter(torch.utils.data.DataLoader(films, BATCH, sampler=endless, num_workers=2))
+
+
+def ours(folder: Path):
+    from mura_course import pixels
+
+    index = film_index(folder)
+    index = pd.concat([index] * 8)  # so that an epoch, which ends with idle threads, is as long as real ones
+    store = pixels.PixelStore.open_or_build(index, SIZE, cache=folder, progress=False)
+    return pixels.Batches(store, index, BATCH, shuffle=True, augment=pixels.KL_AUGMENT, drop_last=True)
+
+
+def endless(batches) -> Iterator:
+    while True:
+        yield from batches
+
+
+def batches(folder: Path) -> Iterator:
+    return endless(ours(folder))
+
+
+def batches_keras(folder: Path) -> Iterator:
+    import tensorflow as tf
+
+    return ((tf.convert_to_tensor(x), tf.convert_to_tensor(y)) for x, y in endless(ours(folder)))
+
+
+def batches_torch(folder: Path) -> Iterator:
+    return endless(ours(folder).torch())
+
+
+# --- Measuring ----------------------------------------------------------------------------------------
+
+
+def drain(stream: Iterator, seconds: float, pause: float = 0.0) -> tuple[float, float]:
+    """Take batches for so long, pausing after each: images per second, share of the time spent waiting."""
+    for _ in range(6):  # what was fetched ahead while other pipelines had their turn
+        next(stream)
+    images = waited = 0.0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        asked = time.perf_counter()
+        x, _ = next(stream)
+        waited += time.perf_counter() - asked
+        images += len(x)
+        time.sleep(pause)
+    total = time.perf_counter() - start
+    return images / total, waited / total
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process plus that of its largest child, in MB."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) / unit
+
+
+def serve(name: str, folder: Path) -> None:
+    """Answer each line on standard input, "SECONDS PAUSE", with "RATE WAIT MEGABYTES" on standard output."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the libraries print to standard output, too
+    stream = globals()[name](folder)
+    x, _ = next(stream)
+    shape = tuple(x.shape)
+    assert shape in {(BATCH, SIZE, SIZE, 3), (BATCH, 3, SIZE, SIZE)} and "float32" in str(x.dtype), shape
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        seconds, pause = map(float, line.split())
+        print(*drain(stream, seconds, pause), peak_memory(), file=answers, flush=True)
+
+
+def start(name: str, folder: Path) -> subprocess.Popen:
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, __file__, "--serve", name, "--folder", str(folder)]
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=open(folder / f"{name}.log", "w"),
+    )
+    if process.stdout.readline().strip() != "ready":
+        raise SystemExit(f"{name} did not start:\n{(folder / f'{name}.log').read_text()[-2000:]}")
+    return process
+
+
+def ask(process: subprocess.Popen, seconds: float, pause: float = 0.0) -> tuple[float, float, float]:
+    print(seconds, pause, file=process.stdin, flush=True)
+    return tuple(map(float, process.stdout.readline().split()))
+
+
+def race(folder: Path, rounds: int, seconds: float) -> pd.DataFrame:
+    """One row per pipeline: images/s (median, lowest, highest), MB, share of a simulated consumer's wait."""
+    processes = {name: start(name, folder) for name in TITLES}
+    rates: dict[str, list] = {name: [] for name in TITLES}
+    waits: dict[str, list] = {name: [] for name in TITLES}
+    memory = {}
+    for _ in range(rounds):
+        for name, process in processes.items():
+            rates[name].append(ask(process, seconds)[0])
+    for _ in range(rounds):
+        for name, process in processes.items():
+            _, wait, memory[name] = ask(process, seconds, BATCH / CONSUMER)
+            waits[name].append(wait)
+    for process in processes.values():
+        process.stdin.close()
+        process.terminate()
+    return pd.DataFrame(
+        {
+            "images/s": {name: statistics.median(values) for name, values in rates.items()},
+            "lowest": {name: min(values) for name, values in rates.items()},
+            "highest": {name: max(values) for name, values in rates.items()},
+            "wait %": {name: 100 * statistics.median(values) for name, values in waits.items()},
+            "peak MB": memory,
+        }
+    )
+
+
+def report(table: pd.DataFrame) -> str:
+    rate = table["images/s"]
+    shown = table.rename(TITLES)
+    for name, column in (("imagedatagenerator", "x IDG"), ("torchvision", "x torchvision")):
+        shown[column] = (rate / rate[name]).to_numpy()
+    lines = [
+        shown.round({"images/s": 0, "lowest": 0, "highest": 0, "wait %": 1, "peak MB": 0}).round(1).to_string(),
+        f"\nwait %: of the time of a consumer of {CONSUMER:,} images/s; medians over interleaved rounds",
+        f"Batches / ImageDataGenerator: {rate['batches'] / rate['imagedatagenerator']:.1f} (target 25)",
+        f"Batches.torch() / torchvision: {rate['batches_torch'] / rate['torchvision']:.1f} (target 6)",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--films", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--serve", choices=TITLES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        write_films(Path(folder), options.films)
+        print(f"{options.films} films of 320 px, {SIZE} px, batches of {BATCH}, {os.cpu_count()} cores")
+        print(report(race(Path(folder), options.rounds, options.seconds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""`make book`: what is executed again and what is not, what counts as failed, and what pages leave out."""
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from docutils import nodes
+
+TOP = Path(__file__).resolve().parent.parent
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, TOP / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build_book = load("scripts/build_book.py")
+tidy_stderr = load("_ext/tidy_stderr.py")
+execution_report = load("_ext/execution_report.py")
+
+
+class Book:
+    """A small repository, and in place of Jupyter Book a function that counts and leaves what it would."""
+
+    def __init__(self, top: Path, monkeypatch) -> None:
+        self.top, self.calls, self.broken, self.code = top, 0, set(), 0
+        for path in (*build_book.PAGE_SOURCES, *build_book.PACKAGE_SOURCES):
+            (top / path).parent.mkdir(parents=True, exist_ok=True)
+            if "." in Path(path).name:
+                (top / path).write_text("first\n")
+            else:
+                (top / path).mkdir()
+        (top / "book/01.ipynb").write_text("{}")
+        (top / "mura_course/data.py").write_text("first\n")
+        monkeypatch.setattr(build_book, "TOP", top)
+        monkeypatch.setattr(build_book.subprocess, "run", self._jupyter_book)
+
+    def build(self, profile: str = "demo", fingerprint: str = "data"):
+        self.last = build_book.Build(self.top / "_build" / profile, fingerprint)
+        return self.last.run()
+
+    def _jupyter_book(self, command, cwd, env):
+        self.calls += 1
+        self.command, self.environment = command, env
+        output = Path(command[command.index("--path-output") + 1]) / "_build"
+        cache = output / ".jupyter_cache"
+        self.had_cache = cache.exists()
+        self.left_over = [p.name for p in output.glob("*")]
+        cache.mkdir(parents=True, exist_ok=True)
+        (output / "html").mkdir()
+        (output / "html/index.html").touch()
+        ok = {"seconds": 2.0, "finished": time.time(), "succeeded": True, "error": None}
+        bad = ok | {"succeeded": False, "error": "CellExecutionError"}
+        report = {"book/01": ok} | {page: bad for page in self.broken}
+        (output / "executions.json").write_text(json.dumps(report))
+        return SimpleNamespace(returncode=self.code)
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    return Book(tmp_path, monkeypatch)
+
+
+def test_nothing_is_done_twice(book):
+    assert book.build() == []
+    assert book.build() == []
+    assert book.calls == 1
+
+
+def test_warnings_are_errors_and_every_page_is_read_anew(book):
+    book.build()
+    assert {"-n", "-W", "--keep-going", "--all"} <= set(book.command)
+
+
+def test_the_kernel_is_this_environments_and_draws_into_the_page(book, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    book.build()
+    assert book.environment["JUPYTER_PREFER_ENV_PATH"] == "1"
+    assert "MPLBACKEND" not in book.environment
+
+
+@pytest.mark.parametrize(
+    "path", ["book/setup.md", "_static/book.css", "_toc.yml", "_config.yml", "_ext/new.py"]
+)
+def test_a_change_of_pages_renders_anew_and_keeps_the_executions(book, path):
+    book.build()
+    (book.top / path).write_text("second\n")
+    assert book.build() == []
+    assert book.calls == 2
+    assert book.left_over == [".jupyter_cache"]  # and no page of a chapter that is gone
+
+
+@pytest.mark.parametrize("path", ["mura_course/data.py", "mura_course/new/deep.py", "constraints.txt"])
+def test_a_change_of_the_package_or_its_libraries_executes_anew(book, path):
+    book.build()
+    (book.top / path).parent.mkdir(exist_ok=True)
+    (book.top / path).write_text("second\n")
+    book.build()
+    assert book.calls == 2
+    assert not book.had_cache
+
+
+def test_a_renamed_or_removed_file_is_a_change(book):
+    book.build()
+    (book.top / "mura_course/data.py").rename(book.top / "mura_course/other.py")
+    book.build()
+    assert book.calls == 2
+    (book.top / "mura_course/other.py").unlink()
+    book.build()
+    assert book.calls == 3
+
+
+def test_other_data_execute_anew(book):
+    book.build()
+    book.build(fingerprint="other data")
+    assert book.calls == 2
+    assert not book.had_cache
+
+
+def test_each_profile_has_a_folder_of_its_own(book):
+    book.build()
+    book.build("smoke")
+    assert not book.had_cache
+    book.build()
+    assert book.calls == 2
+
+
+def test_compiled_files_checkpoints_and_dates_are_no_change(book):
+    book.build()
+    for path in ("mura_course/__pycache__/data.pyc", "book/.ipynb_checkpoints/01.ipynb"):
+        (book.top / path).parent.mkdir()
+        (book.top / path).touch()
+    os.utime(book.top / "mura_course/data.py", (1, 1))
+    book.build()
+    assert book.calls == 1
+
+
+@pytest.mark.parametrize("how", ["cell", "warning"])
+def test_a_failed_build_fails_again_until_it_is_mended(book, how):
+    """A second run must not take the first one's unfinished pages for current ones."""
+    book.broken = {"book/06"} if how == "cell" else set()
+    book.code = 1
+    for attempt in (1, 2):
+        (failure,) = book.build()
+        assert ("book/06: CellExecutionError" in failure) == (how == "cell")
+        assert book.calls == attempt
+    assert book.had_cache  # what succeeded need not run again
+    book.broken, book.code = set(), 0
+    assert book.build() == []
+
+
+def test_a_failed_cell_counts_whatever_the_exit_code(book):
+    book.broken, book.code = {"book/06"}, 0
+    assert len(book.build()) == 1
+
+
+def test_a_deleted_page_is_built_again(book):
+    book.build()
+    book.last.first_page.unlink()
+    assert book.build() == []
+    assert book.calls == 2
+
+
+def test_times_tell_what_was_executed_now_from_what_was_before(book, capsys):
+    began = time.time() - 1
+    book.build()
+    executed, cached = book.last.executions(since=began)
+    assert (executed, cached) == ({"book/01": 2.0}, {})
+    assert book.last.executions(since=time.time() + 1) == ({}, {"book/01": 2.0})
+    build_book.print_times({"install": 1.0, **executed}, {"book/02": 3.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert ["book/01", "2.0"] in [line.split() for line in lines]
+    assert lines[-1].split()[:2] == ["book/02", "-"]
+
+
+def test_installing_counts_only_when_it_was_done_in_this_run(tmp_path):
+    stamp = tmp_path / "stamp"
+    assert build_book._install_seconds(stamp, 0) == 0
+    stamp.write_text("21\n")
+    assert build_book._install_seconds(stamp, stamp.stat().st_mtime - 1) == 21
+    assert build_book._install_seconds(stamp, stamp.stat().st_mtime + 1) == 0
+
+
+# --- The extensions --------------------------------------------------------------------------------
+
+NOTICES = """\
+WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
+I0000 00:00:1795323599.709382   10773 port.cc:153] oneDNN custom operations are on.
+I0000 00:00:1795323599.801942   10773 cpu_feature_guard.cc:227] This TensorFlow binary is optimized ...
+To enable the following instructions: AVX2 FMA, in other operations, rebuild TensorFlow with the \
+appropriate compiler flags.
+E0000 00:00:1795323605.070400   10773 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error
+"""
+PROBLEMS = """\
+<ipython-input-1>:3: UserWarning: the loss is not a number
+W0000 00:00:1795323605.070400   10773 gpu_device.cc:2342] Cannot dlopen some GPU libraries.
+E0000 00:00:1795323605.070400   10773 bfc_allocator.cc:497] Allocator ran out of memory
+I am a line of the chapter's own
+WARNING: All data are synthetic
+"""
+
+
+def page_with(text: str, *classes: str) -> tuple[nodes.document, nodes.container]:
+    from docutils.utils import new_document
+
+    cell = nodes.container()
+    cell += nodes.literal_block(text, text, classes=list(classes), language="none")
+    document = new_document("page")
+    document += cell
+    return document, cell
+
+
+def test_tensorflows_notices_leave_the_page_and_problems_stay():
+    document, cell = page_with(NOTICES + PROBLEMS, "output", "stderr")
+    tidy_stderr.tidy_page(None, document)
+    (block,) = cell.children
+    assert block.astext() == PROBLEMS
+    assert block["classes"] == ["output", "stderr"]
+    assert block["language"] == "none"
+
+
+def test_an_output_of_nothing_but_notices_goes():
+    document, cell = page_with(NOTICES, "output", "stderr")
+    tidy_stderr.tidy_page(None, document)
+    assert cell.children == []
+
+
+@pytest.mark.parametrize("classes", [("output", "stream"), ()])
+def test_what_is_not_error_output_is_left_alone(classes):
+    document, cell = page_with(NOTICES, *classes)
+    tidy_stderr.tidy_page(None, document)
+    assert cell.astext() == NOTICES
+
+
+def test_the_report_holds_every_executed_page(tmp_path):
+    record = {
+        "runtime": 1.5,
+        "mtime": 7.0,
+        "method": "cache",
+        "succeeded": False,
+        "error": "X",
+        "traceback": "x",
+    }
+    metadata = {"book/02": {"exec_data": record}, "book/index": {}, "book/setup": {"exec_data": None}}
+    app = SimpleNamespace(env=SimpleNamespace(nb_metadata=metadata), outdir=tmp_path / "html")
+    execution_report.write_report(app, None)
+    report = json.loads((tmp_path / "executions.json").read_text())
+    assert report == {"book/02": {"seconds": 1.5, "finished": 7.0, "succeeded": False, "error": "X"}}

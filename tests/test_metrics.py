@@ -1,0 +1,265 @@
+"""metrics.py against scikit-learn, against a bootstrap written out, and against bad predictions."""
+
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import rankdata
+from sklearn import metrics as sk
+
+from mura_course import metrics
+
+
+def make(labels, probabilities, patients=None, parts="HAND", views_per_study=1):
+    """Predictions with one row per label; patients default to one per row."""
+    n = len(labels)
+    patients = np.arange(n) if patients is None else np.asarray(patients)
+    table = pd.DataFrame(
+        {"body_part": parts, "patient": patients, "label": labels, "probability": probabilities}
+    )
+    study = pd.Series(np.arange(n) // views_per_study)
+    table["study"] = (
+        table["body_part"] + "/patient" + table["patient"].astype(str) + "/study" + study.astype(str)
+    )
+    return table
+
+
+def simulate(patients, rng, between=1.0):
+    """Images of patients whose own offset shifts all their scores: 1-6 views each, true AUROC fixed."""
+    views = rng.integers(1, 7, patients)
+    patient = np.repeat(np.arange(patients), views)
+    label = np.repeat(rng.random(patients) < 0.4, views).astype(int)
+    logit = 1.2 * label + between * np.repeat(rng.standard_normal(patients), views)
+    logit = logit + 0.5 * rng.standard_normal(len(patient))
+    return make(label, 1 / (1 + np.exp(-logit)), patient)
+
+
+def reference(label, probability, weight=None):
+    """scikit-learn's answers; NaN where there is none."""
+    called = np.asarray(probability) > 0.5
+    both, one_call = len(set(label)) == 2, len(set(label) | set(called)) == 1
+    kw = {"sample_weight": weight}
+    nan = float("nan")
+    return {
+        "accuracy": sk.accuracy_score(label, called, **kw),
+        "auroc": sk.roc_auc_score(label, probability, **kw) if both else nan,
+        "kappa": nan if one_call else sk.cohen_kappa_score(label, called, **kw),
+        "sensitivity": sk.recall_score(label, called, zero_division=np.nan, **kw),
+        "specificity": sk.recall_score(label, called, pos_label=0, zero_division=np.nan, **kw),
+        "f1": sk.f1_score(label, called, zero_division=np.nan, **kw),
+    }
+
+
+scored = st.lists(
+    st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.2, 0.5, 0.5000001, 0.7, 1.0]), st.integers(0, 4)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(scored)
+@settings(max_examples=40, deadline=None)
+def test_values_equal_scikit_learn(rows):
+    label, probability, patient = (list(column) for column in zip(*rows, strict=True))
+    report = metrics.image_report(make(label, probability, patient), samples=0).loc["OVERALL"]
+    for metric, expected in reference(label, probability).items():
+        assert report[metric]["value"] == pytest.approx(expected, nan_ok=True, abs=1e-12), metric
+
+
+@given(scored, st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_every_resample_equals_scikit_learn_with_weights(rows, seed):
+    """The vectorised bootstrap is the same as repeating each patient's rows as often as it was drawn."""
+    label, probability, patient = (np.array(column) for column in zip(*rows, strict=True))
+    _, patient = np.unique(patient, return_inverse=True)
+    scorer = metrics._Scorer(label, probability, patient, 0.5)
+    patients = patient.max() + 1
+    for weights in metrics._resample(patients, len(label), 4, np.random.default_rng(seed)):
+        found = scorer(weights)
+        assert (weights.sum(axis=1) == patients).all()
+        for i, drawn in enumerate(weights):
+            repeated = np.repeat(np.arange(len(label)), drawn[patient].astype(int))
+            for metric, expected in reference(label[repeated], probability[repeated]).items():
+                assert found[metric][i] == pytest.approx(expected, nan_ok=True, abs=1e-12), metric
+
+
+def test_interval_is_the_percentile_interval_over_patients():
+    """Against a plain loop: draw patients, put all their images together, score, take percentiles."""
+    predictions = simulate(60, np.random.default_rng(3))
+    label, probability = predictions["label"].to_numpy(), predictions["probability"].to_numpy()
+    rng, images = np.random.default_rng(0), list(predictions.groupby("patient").indices.values())
+    drawn = []
+    for _ in range(800):
+        rows = np.concatenate([images[i] for i in rng.integers(len(images), size=len(images))])
+        abnormal, ranks = label[rows] == 1, rankdata(probability[rows])
+        mann_whitney = ranks[abnormal].sum() - abnormal.sum() * (abnormal.sum() + 1) / 2
+        drawn.append(mann_whitney / (abnormal.sum() * (~abnormal).sum()))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    auroc = metrics.image_report(predictions, samples=4000).loc["OVERALL", "auroc"]
+    assert auroc["low"] == pytest.approx(low, abs=0.02)
+    assert auroc["high"] == pytest.approx(high, abs=0.02)
+
+
+def test_intervals_cover_the_truth():
+    """Of 95 % intervals on 100 simulated data sets, roughly 95 % hold the true AUROC; by image far fewer."""
+    rng = np.random.default_rng(7)
+    big = simulate(50_000, rng)
+    truth = sk.roc_auc_score(big["label"], big["probability"])
+
+    def covers(predictions):
+        label, probability, patient = (predictions[c].to_numpy() for c in ("label", "probability", "patient"))
+        scorer, patients = metrics._Scorer(label, probability, patient, 0.5), patient.max() + 1
+        blocks = metrics._resample(patients, len(label), 200, rng)
+        low, high = np.percentile(np.concatenate([scorer(b)["auroc"] for b in blocks]), [2.5, 97.5])
+        return low <= truth <= high
+
+    samples = [simulate(120, rng) for _ in range(100)]
+    by_patient = sum(covers(sample) for sample in samples)
+    by_image = sum(covers(sample.assign(patient=np.arange(len(sample)))) for sample in samples)
+    assert by_patient >= 88
+    assert by_image <= by_patient - 10
+
+
+def test_shape_counts_and_provenance():
+    predictions = make([0, 1, 1, 0, 1, 0], [0.1, 0.9, 0.4, 0.6, 0.7, 0.2], [1, 1, 2, 2, 3, 3])
+    predictions["body_part"] = pd.Categorical(
+        ["WRIST", "WRIST", "HAND", "HAND", "WRIST", "WRIST"], ["ELBOW", "HAND", "WRIST"]
+    )
+    predictions.attrs = {"data": "MURA-demo", "is_demo": True, "weights": "random", "irrelevant": 1}
+    report = metrics.image_report(predictions, samples=50)
+    assert list(report.index) == ["HAND", "WRIST", "OVERALL"]  # a part with no image has no row
+    assert report["n"].tolist() == [2, 4, 6]
+    assert report["patients"].tolist() == [1, 2, 3]
+    assert report["positives"].tolist() == [1, 2, 3]
+    assert set(report["level"]) == {"image"}
+    assert list(report["auroc"].columns) == ["value", "low", "high", "resamples"]
+    assert report.loc["OVERALL", ("accuracy", "value")] == pytest.approx(4 / 6)
+    assert report.attrs["data"] == "MURA-demo" and report.attrs["weights"] == "random"
+    assert report.attrs["level"] == "image" and "irrelevant" not in report.attrs
+    assert (report["accuracy"]["low"] <= report["accuracy"]["value"]).all()
+
+
+def test_data_name_of_an_index_is_taken_over():
+    predictions = make([0, 1], [0.1, 0.9])
+    predictions.attrs = {"name": "MURA-v1.1", "is_demo": False}
+    assert metrics.study_report(predictions, samples=5).attrs["data"] == "MURA-v1.1"
+
+
+def test_study_probability_is_the_mean_over_views():
+    predictions = make(
+        [1, 1, 1, 0, 0, 0], [0.2, 0.3, 0.95, 0.6, 0.3, 0.3], [1, 1, 1, 2, 2, 2], views_per_study=3
+    )
+    studies = metrics.study_predictions(predictions)
+    assert studies["probability"].tolist() == pytest.approx([1.45 / 3, 0.4])
+    assert studies["views"].tolist() == [3, 3] and studies["label"].tolist() == [1, 0]
+    report = metrics.study_report(predictions, samples=20)
+    assert report.loc["OVERALL", "n"] == 2 and set(report["level"]) == {"study"}
+    assert report.loc["OVERALL", ("auroc", "value")] == 1.0  # by image it is not
+    assert metrics.image_report(predictions, samples=20).loc["OVERALL", ("auroc", "value")] < 1
+
+
+def test_order_of_rows_and_other_parts_change_nothing():
+    rng = np.random.default_rng(0)
+    predictions = simulate(40, rng)
+    predictions["body_part"] = np.where(predictions["patient"] % 2, "HAND", "WRIST")
+    report = metrics.image_report(predictions, samples=100)
+    shuffled = metrics.image_report(predictions.sample(frac=1, random_state=1), samples=100)
+    pd.testing.assert_frame_equal(report, shuffled, check_exact=True)
+    alone = metrics.image_report(predictions[predictions["body_part"] == "HAND"], samples=100)
+    pd.testing.assert_series_equal(report.loc["HAND"], alone.loc["HAND"], check_exact=True)
+    assert not metrics.image_report(predictions, samples=100, seed=1).equals(report)
+
+
+def test_one_class_is_undefined_and_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would land in the chapter
+        report = metrics.image_report(make([0, 0, 0], [0.1, 0.2, 0.3]), samples=30)
+        shown = metrics.format_report(report).loc["OVERALL"]
+    row = report.loc["OVERALL"]
+    for metric in ("auroc", "kappa", "sensitivity", "f1"):
+        assert np.isnan(row[metric][["value", "low", "high"]].astype(float)).all()
+        assert row[metric]["resamples"] == 0
+    assert shown["AUROC"] == shown["Cohen's kappa"] == "undefined"
+    assert shown["Accuracy"] == "1.00 [1.00, 1.00]"
+
+
+def test_undefined_resamples_are_left_out_and_counted():
+    """One abnormal patient among four: missing from (3/4)^4 of the resamples."""
+    report = metrics.image_report(make([1, 0, 0, 0], [0.9, 0.1, 0.2, 0.95]), samples=2000)
+    auroc = report.loc["OVERALL", "auroc"]
+    only_normal, only_abnormal = (3 / 4) ** 4, (1 / 4) ** 4
+    assert auroc["resamples"] / 2000 == pytest.approx(1 - only_normal - only_abnormal, abs=0.04)
+    assert not np.isnan(auroc["low"])
+    assert (
+        f"({int(auroc['resamples'])} of 2000 resamples)"
+        in metrics.format_report(report).loc["OVERALL", "AUROC"]
+    )
+
+
+def test_constant_predictions_have_kappa_zero_and_auroc_one_half():
+    row = metrics.image_report(make([0, 1, 0, 1], [0.3] * 4), samples=10).loc["OVERALL"]
+    assert row["kappa"]["value"] == 0 and row["auroc"]["value"] == 0.5
+
+
+def test_threshold_is_exclusive_and_moves_calls_only():
+    predictions = make([0, 1], [0.5, 0.6])
+    assert metrics.image_report(predictions, samples=1).loc["OVERALL", ("accuracy", "value")] == 1
+    stricter = metrics.image_report(predictions, threshold=0.6, samples=1).loc["OVERALL"]
+    assert stricter["accuracy"]["value"] == 0.5 and stricter["auroc"]["value"] == 1
+
+
+def test_format_says_value_and_interval():
+    report = metrics.image_report(simulate(50, np.random.default_rng(1)), samples=100)
+    value, low, high = report.loc["OVERALL", "kappa"][["value", "low", "high"]]
+    shown = metrics.format_report(report, digits=3)
+    assert shown.loc["OVERALL", "Cohen's kappa"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    assert shown.columns.tolist() == [*metrics.COUNTS, *metrics.METRICS.values()]
+    assert shown.attrs["level"] == "image"
+    assert (
+        metrics.format_report(metrics.image_report(make([0, 1], [0, 1]), samples=0)).loc["OVERALL", "AUROC"]
+        == "1.00 [no interval]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="probability"), "lack the column.*probability"),
+        (lambda t: t.iloc[:0], "empty"),
+        (lambda t: t.assign(probability=[0.1, 1.2, 0.3, 0.4]), "1 of 4 probabilities.*1.2.*row 1"),
+        (lambda t: t.assign(probability=[0.1, np.nan, 0.3, 0.4]), "1 of 4 probabilities"),
+        (lambda t: t.assign(probability=["a", "b", "c", "d"]), "4 of 4 probabilities"),
+        (lambda t: t.assign(label=[0, 1, 2, 1]), "Labels must be 0.*found also 2"),
+        (lambda t: t.assign(label=["positive"] * 4), "found also positive"),
+        (lambda t: t.assign(study=[None, "a", "b", "c"]), "empty cells.*study"),
+        (lambda t: t.assign(path="same.png"), "3 images are predicted more than once.*same.png"),
+    ],
+)
+def test_bad_predictions_give_one_clear_error(change, message):
+    bad = change(make([0, 1, 0, 1], [0.1, 0.9, 0.3, 0.4]))
+    for report in (metrics.image_report, metrics.study_report):
+        with pytest.raises(metrics.PredictionsError, match=message):
+            report(bad)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("label", [0, 1]), ("patient", [1, 2]), ("body_part", ["HAND", "WRIST"])]
+)
+def test_a_study_has_one_label_patient_and_part(column, values):
+    bad = make([0, 0], [0.1, 0.9], [1, 1]).assign(study="HAND/patient1/study1").assign(**{column: values})
+    with pytest.raises(metrics.PredictionsError, match=f"more than one {column}.*HAND/patient1/study1"):
+        metrics.study_report(bad)
+    assert metrics.image_report(bad, samples=1).loc["OVERALL", "n"] == 2
+
+
+def test_mura_test_set_in_under_a_second():
+    """3,200 images, all seven parts, 1,000 resamples."""
+    predictions = simulate(783, np.random.default_rng(0))
+    predictions["body_part"] = np.array(["HAND", "WRIST", "ELBOW", "FINGER"])[predictions["patient"] % 4]
+    start = time.perf_counter()
+    metrics.image_report(predictions)
+    assert time.perf_counter() - start < 1.5  # 0.3 s on an idle core
