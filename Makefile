@@ -29,7 +29,8 @@ help:
 install: $(INSTALLED)
 
 # The stamp is written last and holds the seconds that installing took: an interrupted install is not
-# taken for done, and a changed pyproject.toml or constraints.txt installs again.
+# taken for done, and a changed pyproject.toml or constraints.txt installs again. opencv-python needs a window
+# system's libraries; where they are missing, its headless build is put over it, and pip says so.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
 	  echo "The book needs Python 3.11, 3.12 or 3.13 (TensorFlow's builds end there)," >&2; \
@@ -39,6 +40,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): some gigabytes and minutes the first time."
 	@start=$$(date +%s) && \
 	  $(PY) -m pip install -e ".[all]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) && \
+	  { $(PY) -c "import cv2" 2>/dev/null || $(PY) -m pip install --force-reinstall --no-deps \
+	    $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) opencv-python-headless; } && \
 	  echo $$(( $$(date +%s) - start )) > $@.part && mv $@.part $@
 
 book: $(INSTALLED)

@@ -2,10 +2,10 @@
 
     python benchmarks/input_pipelines.py [--films 512] [--rounds 5] [--seconds 3]
 
-All deliver KL's "train augmented" (224 px, RGB float32 in 0..1, batches of 64, rotation up to 30 degrees, flip)
-from the same PNG films, written to a temporary folder, which is all that this writes. Each pipeline lives in a
-process of its own; the rounds take turns, so that whatever else the machine does falls on all alike.
-tf.data has no rotation operation, so its rotation is Keras' RandomRotation layer, on the batch.
+All deliver KL's "train augmented" (224 px, RGB float32 in 0..1, batches of 64, rotation up to 30 degrees,
+flip) from the same PNG films, written to a temporary folder, which is all that this writes. Each pipeline
+lives in a process of its own; the rounds take turns, so that whatever else the machine does falls on all
+alike. tf.data has no rotation operation: its rotation is Keras' RandomRotation layer, on the batch.
 
 Prints images/s (median over the rounds), the ratios, each process's peak memory, and the share of its time
 that a consumer of 2,000 images/s (a small GPU in mixed precision) waits for data.
@@ -227,8 +227,9 @@ def report(table: pd.DataFrame) -> str:
     shown = table.rename(TITLES)
     for name, column in (("imagedatagenerator", "x IDG"), ("torchvision", "x torchvision")):
         shown[column] = (rate / rate[name]).to_numpy()
+    shown = shown.round({"images/s": 0, "lowest": 0, "highest": 0, "peak MB": 0}).round(1)
     lines = [
-        shown.round({"images/s": 0, "lowest": 0, "highest": 0, "wait %": 1, "peak MB": 0}).round(1).to_string(),
+        shown.to_string(),
         f"\nwait %: of the time of a consumer of {CONSUMER:,} images/s; medians over interleaved rounds",
         f"Batches / ImageDataGenerator: {rate['batches'] / rate['imagedatagenerator']:.1f} (target 25)",
         f"Batches.torch() / torchvision: {rate['batches_torch'] / rate['torchvision']:.1f} (target 6)",

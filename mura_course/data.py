@@ -352,13 +352,18 @@ def _deal(images: pd.DataFrame, folds: int, by: str, seed: int) -> np.ndarray:
     if np.bincount(stratum).max() < 2:
         stratum = np.zeros_like(stratum)  # all different: nothing to stratify by
     folds = min(folds if folds > 1 else 20, len(np.unique(unit)), int(np.bincount(stratum).max()))
-    kind = StratifiedGroupKFold if by == "patient" else StratifiedKFold
+    if by == "patient":
+        # Shuffled here, not there: before 1.7, StratifiedGroupKFold(shuffle=True) loses the stratification.
+        values, unit = np.unique(unit, return_inverse=True)
+        unit = np.random.RandomState(seed).permutation(len(values))[unit]
+        splitter = StratifiedGroupKFold(folds)
+    else:
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     fold = np.zeros(len(images), dtype=int)
     with warnings.catch_warnings():
         # scikit-learn warns that a class has fewer members than there are folds; split_dev documents it.
         warnings.simplefilter("ignore", UserWarning)
-        splits = kind(folds, shuffle=True, random_state=seed).split(stratum, stratum, unit)
-        for number, (_, members) in enumerate(splits):
+        for number, (_, members) in enumerate(splitter.split(stratum, stratum, unit)):
             fold[members] = number
     return fold
 

@@ -6,6 +6,7 @@ Chapter 6 explains the funnel CNNs and the metrics, the setup chapter how an int
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -195,7 +196,13 @@ def _as_keras(model: keras.Model, batches, what: str):
         from .pixels import check_scale
 
         check_scale(expected, batches)
-    return batches.keras() if hasattr(batches, "keras") else batches
+    dataset = batches.keras() if hasattr(batches, "keras") else batches
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is not None and strategy.num_replicas_in_sync > 1:
+        # Keras 3.15 peeks at the data of a model on several devices; with several workers the peek takes
+        # batches away from the first epoch.
+        dataset.workers = 1
+    return dataset
 
 
 class _Keeper(keras.callbacks.Callback):
@@ -233,7 +240,8 @@ class _Keeper(keras.callbacks.Callback):
             state, own_arrays = _split_state(callback)
             states.append([type(callback).__name__, state])
             arrays |= {f"callback/{i}/{key}": value for key, value in own_arrays.items()}
-        meta = {"epoch": self.epoch, "stopped": self.stopped, "history": self.history, "callbacks": states}
+        meta = {"epoch": self.epoch, "stopped": self.stopped, "history": self.history}
+        meta |= {"callbacks": states, "arrays": sorted(arrays)}
         self.workdir.mkdir(parents=True, exist_ok=True)
         with written(self._file(self.epoch)) as beside, open(beside, "wb") as file:
             np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
@@ -253,21 +261,23 @@ class _Keeper(keras.callbacks.Callback):
                 with np.load(file, allow_pickle=False) as stored:
                     arrays = dict(stored)
                 meta = json.loads(str(arrays.pop("meta")))
-            except (zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
+                if sorted(arrays) != meta["arrays"]:
+                    raise ValueError("arrays are missing")
+            except (zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError, RuntimeError) as error:
                 print(f"{file} is damaged ({error}): going back to the epoch before it.")
                 file.unlink(missing_ok=True)
                 continue
-            self._put_back(model, file, meta, arrays)
+            with _scope(model):
+                self._put_back(model, file, meta, arrays)
             print(f"Resumed after epoch {self.epoch}.")
             return
 
     def _put_back(self, model: keras.Model, file: Path, meta: dict, arrays: dict[str, np.ndarray]):
         variables = _variables(model)
         values = [arrays[f"variable/{i}"] for i in range(sum(key.startswith("variable/") for key in arrays))]
-        names = [type(callback).__name__ for callback in self.others]
-        if [v.shape for v in values] != [tuple(v.shape) for v in variables] or names != [
-            name for name, _ in meta["callbacks"]
-        ]:
+        then = [value.shape for value in values] + [name for name, _ in meta["callbacks"]]
+        now = [tuple(v.shape) for v in variables] + [type(callback).__name__ for callback in self.others]
+        if then != now:
             raise TrainingError(
                 f"{file} was left by another model, optimiser or list of callbacks. What changes the result "
                 f"belongs into the run's config; to start afresh, delete {self.workdir}."
@@ -297,9 +307,16 @@ class _Keeper(keras.callbacks.Callback):
 
 def _variables(model: keras.Model) -> list:
     """Weights, optimiser and seed generators (dropout), in a fixed order, without the metrics' counts."""
-    model.optimizer.build(model.trainable_variables)
+    with _scope(model):
+        model.optimizer.build(model.trainable_variables)
     counts = {id(variable) for variable in model.metrics_variables}
     return [v for v in model.variables if id(v) not in counts] + list(model.optimizer.variables)
+
+
+def _scope(model: keras.Model):
+    """Where the model's variables live: several devices, where it was made for several."""
+    strategy = getattr(model, "distribute_strategy", None)  # TensorFlow's only
+    return strategy.scope() if strategy is not None else contextlib.nullcontext()
 
 
 def _numpy(variable) -> np.ndarray:

@@ -70,6 +70,10 @@ class Run:
         if self.model_path is None:
             raise RunError(f"The run {self.folder} has no saved model.")
         _verify(self.folder, self.info, self.model_path.name)
+        if self.model_path.suffix == ".pt" and into is None:
+            raise RunError(
+                f"{self.model_path} holds weights only: load_model(into=<a module like the run's>)."
+            )
         try:
             if self.model_path.suffix == ".pt":
                 import torch
@@ -406,8 +410,8 @@ def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
             )
     for name in info["files"]:
         _verify(folder, info, name, thoroughly=name.endswith(".csv"))
-    history = pd.read_csv(folder / "history.csv")
-    predictions = pd.read_csv(folder / "predictions.csv")
+    history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
+    predictions = pd.read_csv(folder / "predictions.csv", float_precision="round_trip")
     predictions["body_part"] = pd.Categorical(predictions["body_part"], data.BODY_PARTS)
     for table in (history, predictions):
         table.attrs = {"run": info["name"]} | {key: info[key] for key in metrics.PROVENANCE if key in info}

@@ -12,7 +12,9 @@ NOTEBOOKS = sorted(TOP.glob("book/*.ipynb"))
 NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 MAX_LINES = 25
 # What draws into the page: a function of mura_course.plots, or Matplotlib's own.
-DRAWS = re.compile(r"\bplots\.\w+\(|\bplt\.show\(|\.(plot|imshow|barh?|hist|scatter)\(")
+DRAWS = re.compile(
+    r"\bplots\.(?!use_style|provenance)[a-z_]+\(|\bplt\.show\(|\.(plot|imshow|barh?|hist|scatter)\("
+)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 every_chapter = pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
@@ -179,6 +181,7 @@ def test_labels_finds_every_kind_of_exercise(fence):
         ("ax.bar(x, y)", True),
         ("from mura_course import plots\nimport matplotlib.pyplot as plt", False),
         ("bar.update(1)", False),
+        ("plots.use_style()\ncolour = plots.NORMAL", False),
     ],
 )
 def test_drawing_cells_are_recognised(code, draws):

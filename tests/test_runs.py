@@ -229,6 +229,8 @@ def test_a_torch_module_is_saved_and_filled_again(tmp_path):
     assert run.model_path.name == "model.pt" and run.info["expected_scale"] == "ImageNet"
     again = run.load_model(into=torch.nn.Linear(3, 1))
     assert torch.equal(again.weight, module.weight)
+    with pytest.raises(runs.RunError, match="holds weights only: load_model"):
+        run.load_model()
     with pytest.raises(runs.RunError, match="(?s)cannot be loaded.*Delete"):
         run.load_model(into=torch.nn.Linear(4, 1))
     run.model_path.write_bytes(run.model_path.read_bytes()[:-1] + b"x")

@@ -145,7 +145,16 @@ def _render(partial: Path, order: dict, workers: int) -> None:
     logs = [partial / f"worker{w}.log" for w in range(workers)]
     running = []
     for w, log in enumerate(logs):
-        command = [sys.executable, "-m", __package__, str(partial), str(bone_cache()), str(w), str(workers)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            __package__,
+            str(partial),
+            str(bone_cache()),
+            str(w),
+            str(workers),
+        ]
         with open(log, "wb") as errors:
             running.append(subprocess.Popen(command, stdout=send, stderr=errors, env=environment))
     os.close(send)
@@ -176,6 +185,8 @@ def work(partial: Path, cache: Path, worker: int, workers: int) -> None:
     """Render every `workers`-th study that is not done; after each, write its number of films to stdout."""
     cv2.setNumThreads(1)
     order = json.loads((partial / "order.json").read_text())
+    if order["recipe"] != recipe():
+        raise RuntimeError(f"the worker runs another version of mura_course, from {__file__}")
     for i, study in enumerate(plan(order["studies"], order["seed"])):
         note = partial / "done" / f"{i}.json"
         if i % workers != worker or note.exists():
