@@ -7,13 +7,15 @@ flip) from the same PNG films, written to a temporary folder, which is all that 
 lives in a process of its own; the rounds take turns, so that whatever else the machine does falls on all
 alike. tf.data has no rotation operation: its rotation is Keras' RandomRotation layer, on the batch.
 
-Prints images/s (median over the rounds), the ratios, each process's peak memory, and the share of its time
-that a consumer of 2,000 images/s (a small GPU in mixed precision) waits for data.
+Prints images/s (median over the rounds), the ratios, the processor time that an image costs (Linux; other
+load changes it least), each process's peak memory, and the share of its time that a consumer of 2,000
+images/s (a small GPU in mixed precision) waits for data.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import statistics
@@ -137,12 +139,12 @@ def batches_torch(folder: Path) -> Iterator:
 # --- Measuring ----------------------------------------------------------------------------------------
 
 
-def drain(stream: Iterator, seconds: float, pause: float = 0.0) -> tuple[float, float]:
-    """Take batches for so long, pausing after each: images per second, share of the time spent waiting."""
+def drain(stream: Iterator, seconds: float, pause: float = 0.0) -> tuple[float, float, float]:
+    """Take batches for so long, pausing after each: images/s, share of the time waited, CPU ms an image."""
     for _ in range(6):  # what was fetched ahead while other pipelines had their turn
         next(stream)
     images = waited = 0.0
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), cpu_seconds()
     while time.perf_counter() - start < seconds:
         asked = time.perf_counter()
         x, _ = next(stream)
@@ -150,7 +152,18 @@ def drain(stream: Iterator, seconds: float, pause: float = 0.0) -> tuple[float, 
         images += len(x)
         time.sleep(pause)
     total = time.perf_counter() - start
-    return images / total, waited / total
+    return images / total, waited / total, 1000 * (cpu_seconds() - worked) / images
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its children so far; NaN where /proc does not tell."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process that has just ended
+            pid, fields = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
+            if os.getpid() in (pid, int(fields[1])):
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK") if ticks else float("nan")
 
 
 def peak_memory() -> float:
@@ -161,7 +174,7 @@ def peak_memory() -> float:
 
 
 def serve(name: str, folder: Path) -> None:
-    """Answer each line on standard input, "SECONDS PAUSE", with "RATE WAIT MEGABYTES" on standard output."""
+    """Answer each line on standard input, "SECONDS PAUSE", with a line "RATE WAIT CPU MEGABYTES"."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the libraries print to standard output, too
     stream = globals()[name](folder)
@@ -190,23 +203,26 @@ def start(name: str, folder: Path) -> subprocess.Popen:
     return process
 
 
-def ask(process: subprocess.Popen, seconds: float, pause: float = 0.0) -> tuple[float, float, float]:
+def ask(process: subprocess.Popen, seconds: float, pause: float = 0.0) -> tuple[float, ...]:
     print(seconds, pause, file=process.stdin, flush=True)
     return tuple(map(float, process.stdout.readline().split()))
 
 
 def race(folder: Path, rounds: int, seconds: float) -> pd.DataFrame:
-    """One row per pipeline: images/s (median, lowest, highest), MB, share of a simulated consumer's wait."""
+    """One row per pipeline: images/s (median, lowest, highest), CPU ms, a consumer's wait, MB."""
     processes = {name: start(name, folder) for name in TITLES}
     rates: dict[str, list] = {name: [] for name in TITLES}
     waits: dict[str, list] = {name: [] for name in TITLES}
+    costs: dict[str, list] = {name: [] for name in TITLES}
     memory = {}
     for _ in range(rounds):
         for name, process in processes.items():
-            rates[name].append(ask(process, seconds)[0])
+            rate, _, cost, _ = ask(process, seconds)
+            rates[name].append(rate)
+            costs[name].append(cost)
     for _ in range(rounds):
         for name, process in processes.items():
-            _, wait, memory[name] = ask(process, seconds, BATCH / CONSUMER)
+            _, wait, _, memory[name] = ask(process, seconds, BATCH / CONSUMER)
             waits[name].append(wait)
     for process in processes.values():
         process.stdin.close()
@@ -216,6 +232,7 @@ def race(folder: Path, rounds: int, seconds: float) -> pd.DataFrame:
             "images/s": {name: statistics.median(values) for name, values in rates.items()},
             "lowest": {name: min(values) for name, values in rates.items()},
             "highest": {name: max(values) for name, values in rates.items()},
+            "CPU ms": {name: statistics.median(values) for name, values in costs.items()},
             "wait %": {name: 100 * statistics.median(values) for name, values in waits.items()},
             "peak MB": memory,
         }
@@ -227,14 +244,23 @@ def report(table: pd.DataFrame) -> str:
     shown = table.rename(TITLES)
     for name, column in (("imagedatagenerator", "x IDG"), ("torchvision", "x torchvision")):
         shown[column] = (rate / rate[name]).to_numpy()
-    shown = shown.round({"images/s": 0, "lowest": 0, "highest": 0, "peak MB": 0}).round(1)
+    shown = shown.round({"images/s": 0, "lowest": 0, "highest": 0, "peak MB": 0, "CPU ms": 2}).round(2)
     lines = [
         shown.to_string(),
         f"\nwait %: of the time of a consumer of {CONSUMER:,} images/s; medians over interleaved rounds",
-        f"Batches / ImageDataGenerator: {rate['batches'] / rate['imagedatagenerator']:.1f} (target 25)",
-        f"Batches.torch() / torchvision: {rate['batches_torch'] / rate['torchvision']:.1f} (target 6)",
+        *(
+            compare(table, *pair)
+            for pair in (("batches", "imagedatagenerator", 25), ("batches_torch", "torchvision", 6))
+        ),
     ]
     return "\n".join(lines)
+
+
+def compare(table: pd.DataFrame, ours: str, theirs: str, target: int) -> str:
+    medians, best = (
+        table.loc[ours, column] / table.loc[theirs, column] for column in ("images/s", "highest")
+    )
+    return f"{TITLES[ours]}: {medians:.1f} x {TITLES[theirs]} (best rounds {best:.1f}; target {target})"
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The command `mura-course`: make demo data, list and compare runs. Explained in the setup chapter.
 
-Parses arguments, calls one function of the package, prints. Loads a module only for the command that needs it.
+Parses arguments, calls one function of the package, prints. Loads a module only for the command that needs
+it.
 """
 
 import argparse

@@ -33,6 +33,7 @@ BLOCK_BYTES = 1 << 24  # pixels decoded between two notes of progress: what a ki
 
 
 def one_of(what: str, value: object, valid: Iterable) -> None:
+    """Raise DataError, listing the `valid` values, unless `value` is one of them."""
     if value not in valid:
         raise DataError(f"{what} must be one of {', '.join(map(repr, valid))}, not {value!r}.")
 
@@ -42,8 +43,10 @@ _opencv_lock, _opencv_threads = threading.Lock(), []
 
 @contextlib.contextmanager
 def single_threaded_opencv() -> Iterator[None]:
-    """OpenCV without threads of its own, for they get in the way of ours. The setting is global: so the first
-    one in notes the number of threads, and the last one out puts it back."""
+    """OpenCV without threads of its own, for they get in the way of ours.
+
+    The setting is global: so the first one in notes the number of threads, and the last one out puts it back.
+    """
     with _opencv_lock:
         _opencv_threads.append(_opencv_threads[0] if _opencv_threads else cv2.getNumThreads())
         cv2.setNumThreads(1)
@@ -262,18 +265,18 @@ def _build(store: PixelStore, paths: list[bytes], workers: int, progress: bool) 
     needed, free = (store.images - done) * row_bytes, shutil.disk_usage(store.folder).free
     if needed > free:
         raise OSError(f"it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
-    np.save(store.folder / "paths.npy", np.array(paths))
+    if not done:
+        np.save(store.folder / "paths.npy", np.array(paths))
     pixels_file.touch()
     step = min(256, max(1, BLOCK_BYTES // row_bytes))
     blocks = [range(row, row + 1) for row, path in enumerate(paths) if path.decode() in unreadable]
     blocks += [range(row, min(row + step, store.images)) for row in range(done, store.images, step)]
-    title = f"Decoding {store.name} at {store.size} px"
+    title, quiet = f"Decoding {store.name} at {store.size} px", not (progress and blocks)
     with (
         open(pixels_file, "r+b") as pixels,
         ThreadPoolExecutor(workers) as pool,
-        tqdm(
-            total=store.images, initial=done, desc=title, unit="image", disable=not (progress and blocks)
-        ) as bar,
+        single_threaded_opencv(),
+        tqdm(total=store.images, initial=done, desc=title, unit="image", disable=quiet) as bar,
     ):
         for block in blocks:
             names = [paths[row].decode() for row in block]

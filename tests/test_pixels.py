@@ -221,7 +221,7 @@ def spoil(index: pd.DataFrame) -> list[str]:
     return index["path"][:7].tolist()
 
 
-def test_unreadable_images_stop_with_one_error_that_lists_them(index, monkeypatch):
+def test_unreadable_images_stop_with_one_error_that_lists_them(index):
     whole = {file: file.read_bytes() for file in (file_of(index, row) for row in range(12))}
     bad = spoil(index)
     with pytest.raises(DataError) as caught:
@@ -230,21 +230,16 @@ def test_unreadable_images_stop_with_one_error_that_lists_them(index, monkeypatc
     assert "7 of 12 images" in message and "and 2 more" in message and 'unreadable="skip"' in message
     assert sum(path in message for path in bad) == 5
 
-    read = []
-    original = pixel_store.read_image
-    monkeypatch.setattr(pixel_store, "read_image", lambda file, *a: read.append(file) or original(file, *a))
     for file in list(whole)[:6]:
         file.write_bytes(whole[file])
     with pytest.raises(DataError, match="(?s)1 of 12 images.*No such file"):
         build(index, unreadable="raise")
-    assert len(read) <= 12  # sizes have changed: a new store, or only those that failed before
     list(whole)[6].write_bytes(whole[list(whole)[6]])
-    read.clear()
     store = build(index)
     assert not store.unreadable
     rows = store.rows(index)
     for row, file in zip(rows, whole, strict=True):
-        assert np.array_equal(store.pixels[row], original(file, SIZE))
+        assert np.array_equal(store.pixels[row], pixels.read_image(file, SIZE))
 
 
 def test_only_what_failed_is_decoded_again(index, monkeypatch):
@@ -302,7 +297,7 @@ while True:
     if not child:
         pixel_store.PixelStore.open_or_build(index, 24, cache=cache, progress=False, workers=2)
         os._exit(0)
-    time.sleep(random.uniform(0.0, 0.08))
+    time.sleep(random.uniform(0.0, 0.05 + 0.005 * kills))
     os.kill(child, signal.SIGKILL)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
     kills += killed
@@ -832,7 +827,8 @@ assert first[0][0].dtype == first[0][1].dtype == torch.float32 and first[0][0].i
 for epoch, seen in enumerate((first, second)):
     for i, (x, y) in enumerate(seen):
         batches.set_epoch(epoch)
-        assert np.array_equal(x.numpy(), batches[i][0].transpose(0, 3, 1, 2)) and np.array_equal(y, batches[i][1])
+        assert np.array_equal(x.numpy(), batches[i][0].transpose(0, 3, 1, 2))
+        assert np.array_equal(y.numpy(), batches[i][1])
 loader.set_epoch(1)
 assert torch.equal(next(iter(loader))[0], second[0][0])
 both = next(iter(pixels.Batches(store, index, target=("label", "body_part")).torch()))[1]

@@ -17,7 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mura_course import cli
-from mura_course.radiographs import anatomy, bones, dataset, film, findings, projection, skeleton, studies
+from mura_course.radiographs import (
+    anatomy,
+    audit,
+    bones,
+    dataset,
+    film,
+    findings,
+    projection,
+    skeleton,
+    studies,
+)
 
 
 @pytest.fixture(scope="session")
@@ -362,3 +372,39 @@ def test_command_renders_and_answers_bad_orders_in_one_line(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path), *orders]) == 0
     assert (tmp_path / "MURA-demo" / "truth.csv").exists()
     assert "MURA_DATA" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- audit
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(0, 1)), min_size=2, max_size=40))
+def test_stratified_auroc_equals_counting_pairs(films):
+    label, score, stratum = (np.array(column) for column in zip(*films, strict=True))
+    pairs = [
+        (score[i] > score[j]) + 0.5 * (score[i] == score[j])
+        for i in np.flatnonzero(label == 1)
+        for j in np.flatnonzero(label == 0)
+        if stratum[i] == stratum[j]
+    ]
+    expected = np.mean(pairs) if pairs else np.nan
+    assert audit.stratified_auroc(label, score.astype(float), stratum)[0] == pytest.approx(
+        expected, nan_ok=True
+    )
+
+
+@given(st.integers(0, 99))
+def test_weights_count_like_repeated_films(seed):
+    rng = np.random.default_rng(seed)
+    label, score, stratum = rng.integers(0, 2, 20), rng.integers(0, 5, 20) / 5, rng.integers(0, 2, 20)
+    times = rng.integers(0, 3, 20)
+    repeated = audit.stratified_auroc(*(np.repeat(column, times) for column in (label, score, stratum)))
+    weighted = audit.stratified_auroc(label, score, stratum, times[None])
+    assert weighted == pytest.approx(repeated, nan_ok=True)
+
+
+def test_audit_finds_a_planted_shortcut_and_none_without(small):
+    from mura_course.data import load_index
+
+    features = audit.frame_features(load_index(small, quiet=True))
+    honest = audit.shortcut_table(features, samples=200).loc["all"]
+    assert honest.low < 0.5 < honest.high
+    planted = features.assign(height=features.height + 20 * features.label)
+    assert audit.shortcut_table(planted, samples=200).loc["all", "low"] > 0.6

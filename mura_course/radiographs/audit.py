@@ -12,9 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import StratifiedGroupKFold
+from threadpoolctl import threadpool_limits
 
 KEYS = ["body_part", "patient", "label", "finding"]
 
@@ -60,15 +60,25 @@ def _frame(path: Path, text_boxes: str) -> dict[str, float]:
     }
 
 
-def stratified_auroc(label: np.ndarray, score: np.ndarray, stratum: np.ndarray) -> float:
-    """AUROC over pairs of films of the same stratum: (N,) each; nan where no stratum has both labels."""
-    won = pairs = 0.0
+def stratified_auroc(
+    label: np.ndarray, score: np.ndarray, stratum: np.ndarray, weight: np.ndarray | None = None
+) -> np.ndarray:
+    """AUROC over pairs of films of the same stratum; ties count half.
+
+    label, score, stratum: (N,).  weight: (B, N), how often each film counts in each of B resamples.
+    Returns (B,), or (1,) without weights; nan where no stratum has both labels.
+    """
+    weight = np.ones((1, len(label))) if weight is None else weight
+    won, pairs = np.zeros(len(weight)), np.zeros(len(weight))
     for s in np.unique(stratum):
-        y, r = label[stratum == s], rankdata(score[stratum == s])
-        positives = y.sum()
-        pairs += positives * (len(y) - positives)
-        won += r[y == 1].sum() - positives * (positives + 1) / 2
-    return won / pairs if pairs else float("nan")
+        order = np.flatnonzero(stratum == s)
+        order = order[np.argsort(score[order], kind="stable")]
+        tied = np.flatnonzero(np.diff(score[order], prepend=-np.inf))
+        positive = np.add.reduceat(weight[:, order] * label[order], tied, axis=1)
+        negative = np.add.reduceat(weight[:, order] * (1 - label[order]), tied, axis=1)
+        won += (positive * (negative.cumsum(1) - negative / 2)).sum(1)
+        pairs += positive.sum(1) * negative.sum(1)
+    return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
 
 
 def shortcut_table(features: pd.DataFrame, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -84,13 +94,11 @@ def shortcut_table(features: pd.DataFrame, samples: int = 1000, seed: int = 0) -
         score = _out_of_fold(films, seed)
         label, part = films.label.to_numpy(), films.body_part.astype(str).to_numpy()
         patients, patient = np.unique(films.patient, return_inverse=True)
-        rows_of = np.split(np.argsort(patient, kind="stable"), np.cumsum(np.bincount(patient))[:-1])
-        rng, drawn = np.random.default_rng(seed), []
-        for _ in range(samples):
-            i = np.concatenate([rows_of[p] for p in rng.integers(len(patients), size=len(patients))])
-            drawn.append(stratified_auroc(label[i], score[i], part[i]))
-        low, high = np.nanquantile(drawn, [0.025, 0.975])
-        auroc = stratified_auroc(label, score, part)
+        draws = np.random.default_rng(seed).multinomial(
+            len(patients), np.full(len(patients), 1 / len(patients)), samples
+        )
+        low, high = np.nanquantile(stratified_auroc(label, score, part, draws[:, patient]), [0.025, 0.975])
+        auroc = stratified_auroc(label, score, part)[0]
         rows[finding] = {
             "auroc": auroc,
             "low": low,
@@ -104,13 +112,12 @@ def shortcut_table(features: pd.DataFrame, samples: int = 1000, seed: int = 0) -
 def _out_of_fold(films: pd.DataFrame, seed: int) -> np.ndarray:
     """Score of every film by a model that has seen no film of its patient: (N,)."""
     x, label = films.drop(columns=KEYS).astype(float), films.label.to_numpy()
-    stratum = films.body_part.astype(str) + films.label.astype(str)
     balance = 1 / films.groupby(["body_part", "label"], observed=True).label.transform("size").to_numpy()
     score = np.zeros(len(films))
-    for fit, held_out in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(
-        x, stratum, films.patient
-    ):
-        model = HistGradientBoostingClassifier(max_iter=60, learning_rate=0.05, random_state=seed)
-        model.fit(x.iloc[fit], label[fit], sample_weight=balance[fit] / balance[fit].mean())
-        score[held_out] = model.predict_proba(x.iloc[held_out])[:, 1]
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(x, label, films.patient)
+    with threadpool_limits(1):  # the trees are small: threads cost more than they bring
+        for fit, held_out in folds:
+            model = HistGradientBoostingClassifier(max_iter=60, learning_rate=0.05, random_state=seed)
+            model.fit(x.iloc[fit], label[fit], sample_weight=balance[fit] / balance[fit].mean())
+            score[held_out] = model.predict_proba(x.iloc[held_out])[:, 1]
     return score

@@ -135,12 +135,10 @@ def take(scene: Scene, settings: Settings, text: bool = True, steps: dict | None
     signal = expose(bone, metal, soft, settings)
     grey = window(signal, bone, soft, settings)
     opening, dark = shutters(settings)
-    grey = grey * opening + (1 - opening) * np.float32(dark)
-    image = Image.fromarray((grey * 255).astype(np.uint8))
+    plain = ((grey * opening + (1 - opening) * np.float32(dark)) * 255).astype(np.uint8)
     if steps is not None:
-        steps.update(
-            bone=bone, metal=metal, soft=soft, signal=signal, grey=grey, plain=np.asarray(image).copy()
-        )
+        steps.update(bone=bone, metal=metal, soft=soft, signal=signal, grey=grey, plain=plain)
+    image = Image.fromarray(plain.copy())
     boxes = burn_in(image, settings, scene.side, rng) if text else []
     pixels = np.asarray(image)
     if settings.colour:
