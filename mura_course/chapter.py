@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 from .errors import KernelError
@@ -71,10 +72,19 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
         "seed": str(seed),
     }
     for name, value in block.items():
-        print(f"{name:<8} {value}")
+        _say(name, value)
     for line in _notes(profile.name, index.attrs["is_demo"], bool(gpus)):
-        print(f"{'note':<8} {line}")
+        _say("note", line)
     return profile, index
+
+
+def _say(name: str, text: str) -> None:
+    """Print `text` behind `name`, wrapped to the width of the book's page."""
+    print(
+        textwrap.fill(
+            f"{name:<8} {text}", 78, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        )
+    )
 
 
 def platform() -> str:

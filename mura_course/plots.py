@@ -70,6 +70,8 @@ CHANCE = {"auroc": 0.5, "auc": 0.5, "kappa": 0.0}
 
 def use_style() -> None:
     """Make the book's style matplotlib's own, for the figures that a chapter draws itself."""
+    # The notebook's backend must start before any rc_context, which would undo its interactive mode.
+    plt.close(plt.figure())
     plt.rcParams.update(STYLE)
 
 

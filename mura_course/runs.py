@@ -37,6 +37,9 @@ from .errors import MuraError
 IDENTITY = ("name", "config", "data", "fingerprint", "is_demo", "profile", "weights")
 LIBRARIES = ("keras", "tensorflow", "torch", "torchvision", "lightning", "numpy", "pandas", "sklearn", "cv2")
 
+# pandas 3 reads floats exactly by itself, and warns when it is asked to.
+_EXACTLY = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
+
 
 class RunError(MuraError, ValueError):
     """A run that cannot be made, read or trusted; the message names the folder and the remedy."""
@@ -410,8 +413,8 @@ def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
             )
     for name in info["files"]:
         _verify(folder, info, name, thoroughly=name.endswith(".csv"))
-    history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
-    predictions = pd.read_csv(folder / "predictions.csv", float_precision="round_trip")
+    history = pd.read_csv(folder / "history.csv", **_EXACTLY)
+    predictions = pd.read_csv(folder / "predictions.csv", **_EXACTLY)
     predictions["body_part"] = pd.Categorical(predictions["body_part"], data.BODY_PARTS)
     for table in (history, predictions):
         table.attrs = {"run": info["name"]} | {key: info[key] for key in metrics.PROVENANCE if key in info}

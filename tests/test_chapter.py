@@ -40,11 +40,13 @@ def mura(mura_folder, monkeypatch):
 
 
 def fields(printed: str) -> dict[str, str]:
-    """The block as a dictionary; several notes are joined."""
-    found = {}
+    """The block as a dictionary; lines that go on and several notes are joined."""
+    found, name = {}, ""
     for line in printed.splitlines():
         assert line[8] == " " and line[9] != " ", f"not aligned: {line!r}"
-        found[line[:8].strip()] = (found.get(line[:8].strip(), "") + " " + line[9:]).strip()
+        assert len(line) <= 78 or " " not in line[9:].strip(), f"too wide for a page: {line!r}"
+        name = line[:8].strip() or name  # a long text goes on below, indented
+        found[name] = (found.get(name, "") + " " + line[9:]).strip()
     return found
 
 

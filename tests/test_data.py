@@ -6,7 +6,6 @@ import os
 import random
 import re
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -381,22 +380,6 @@ def test_any_line_gives_rows_or_one_of_our_errors(tmp_path_factory, text, number
         assert f"{name}.csv" in str(error)
     else:
         assert len(index) == len(expected_rows())  # the line held nothing but white space, or a shadow
-
-
-# --- Speed ------------------------------------------------------------------------------------------------
-
-
-def test_forty_thousand_rows_in_two_seconds(tmp_path):
-    studies = [
-        ("train" if n < 9000 else "valid", data.BODY_PARTS[n % 7], n, 1, n % 3 == 0, 4) for n in range(10_000)
-    ]
-    root = write_mura(tmp_path / "MURA-v1.1", studies)
-    seconds = []
-    for _ in range(2):  # processor time, and the better of two: other programs' load does not count
-        started = time.process_time()
-        assert len(data.load_index(root, quiet=True)) == 40_000
-        seconds.append(time.process_time() - started)
-    assert min(seconds) < 2
 
 
 # --- What the index says ----------------------------------------------------------------------------------

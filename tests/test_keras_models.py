@@ -304,12 +304,12 @@ def assert_killed_equals_undisturbed(folder):
 
 
 def test_killed_at_random_moments_it_ends_the_same(tmp_path):
-    code = f"import test_keras_models as t; t.kill_at_random(t.Path({str(tmp_path)!r}), kills=2, seed=0)"
+    code = f"import test_keras_models as t; t.kill_at_random(t.Path({str(tmp_path)!r}), kills=1, seed=0)"
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout.splitlines()[-1])) >= 2
+    assert len(json.loads(done.stdout.splitlines()[-1])) >= 1
     assert_killed_equals_undisturbed(tmp_path)
 
 

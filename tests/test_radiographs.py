@@ -202,8 +202,11 @@ def test_left_is_the_mirror_image_of_right(wrist):
 
 
 def test_text_free_film_differs_only_in_the_text_boxes(wrist):
-    s = next(s for s in map(lambda i: wrist_settings(seed=i, long_side=200), range(50)) if not s.colour)
-    with_text, without = film.take(wrist, s), film.take(wrist, s, text=False)
+    for seed in range(20):
+        s = wrist_settings(seed=seed, long_side=200)
+        with_text, without = film.take(wrist, s), film.take(wrist, s, text=False)
+        if with_text.text_boxes and not s.colour:
+            break
     differs = with_text.image != without.image
     for _, x0, y0, x1, y1 in with_text.text_boxes:
         differs[y0 : y1 + 1, x0 : x1 + 1] = False
@@ -275,11 +278,6 @@ def digests(folder):
     }
 
 
-def test_any_number_of_workers_writes_the_same_bytes(small, tmp_path):
-    other = dataset.write_demo(tmp_path, STUDIES, seed=1, long_side=SIDE, workers=1)
-    assert digests(other) == digests(small)
-
-
 def test_layout_is_muras_and_the_index_reads_it(small):
     from mura_course.data import load_index
 
@@ -326,20 +324,20 @@ def test_text_free_twin_differs_only_in_the_text(small):
     assert not differs.any()
 
 
-def test_killed_at_any_moment_it_continues_and_ends_the_same(small, tmp_path):
+def test_killed_and_continued_with_other_workers_it_writes_the_same_bytes(small, tmp_path):
     code = (
         "from mura_course.radiographs.dataset import write_demo; from pathlib import Path; import sys;"
         f"write_demo(Path(sys.argv[1]), {STUDIES}, seed=1, long_side={SIDE}, workers=2)"
     )
-    for wait in (2.0, 3.5):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        time.sleep(wait)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "MURA-demo" / "truth.csv").exists() or process.returncode == 0
-    result = dataset.write_demo(tmp_path, STUDIES, seed=1, long_side=SIDE, workers=2)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not list(tmp_path.glob("*.partial/done/*.json")):
+        time.sleep(0.05)
+    time.sleep(np.random.default_rng().uniform(0, 1))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    result = dataset.write_demo(tmp_path, STUDIES, seed=1, long_side=SIDE, workers=1)
     assert digests(result) == digests(small)
     assert not (tmp_path / "MURA-demo.partial").exists()
 
@@ -365,13 +363,12 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path):
     assert "file" in str(error.value) and "MURA_CACHE" in str(error.value)
 
 
-def test_command_renders_and_answers_bad_orders_in_one_line(tmp_path, capsys):
+def test_command_finds_what_is_there_and_answers_bad_orders_in_one_line(small, tmp_path, capsys):
     code = cli.main(["demo", "--out", str(tmp_path), "--studies", "5"])
     assert code == 1 and "at least 60" in capsys.readouterr().err
-    orders = ["--studies", "60", "--long-side", "48", "--seed", "4", "--workers", "2"]
-    assert cli.main(["demo", "--out", str(tmp_path), *orders]) == 0
-    assert (tmp_path / "MURA-demo" / "truth.csv").exists()
-    assert "MURA_DATA" in capsys.readouterr().out
+    order = ["--studies", str(STUDIES), "--long-side", str(SIDE), "--seed", "1"]
+    assert cli.main(["demo", "--out", str(small.parent), *order]) == 0
+    assert str(small) in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- audit
