@@ -3,8 +3,8 @@
     python benchmarks/demo_difficulty.py [--epochs 12] [--long 0] [--data DIR]
 
 A small CNN from random weights (body part as a side task), and a logistic regression on frozen features of
-EfficientNet-Lite0 with ImageNet weights; with --long also the CNN for so many epochs.  Image level, test set, 95 % intervals over
-patients.  Writes `benchmarks/results/demo_difficulty.csv`, which the appendix on the demo radiographs shows.
+EfficientNet-Lite0 with ImageNet weights; with --long also the CNN for so many epochs.  Image level, test
+set, 95 % intervals over patients.  Writes `benchmarks/results/demo_difficulty.csv`, which the appendix shows.
 """
 
 import argparse
