@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from tqdm.auto import tqdm
+from tqdm import tqdm  # not tqdm.auto: it warns, in every chapter, where ipywidgets are missing
 
 from .anatomy import PARTS, clouds
 from .studies import Study, film_study, plan
