@@ -224,13 +224,36 @@ def test_metal_is_white_and_leaves_the_grey_of_the_rest_alone(wrist):
     assert abs(float(plain[:far].mean()) - float(sick[:far].mean())) < 2
 
 
+def settings_of(study):
+    room = projection.Room.sample(study.rng(0, 4))
+    return [
+        projection.Settings.sample("HAND", 2, v, 320, study.rng(0, 1, i), room)
+        for i, v in enumerate(study.views)
+    ]
+
+
 def test_settings_do_not_depend_on_the_label():
-    normal = studies.Study("train", 7, "HAND", 1, 0, "R", 2, "none", 0.0, ("AP",))
-    abnormal = studies.Study("train", 7, "HAND", 1, 1, "R", 2, "fracture", 0.8, ("AP",))
-    a, b = (
-        projection.Settings.sample("HAND", 2, "AP", 320, study.rng(0, 1, 0)) for study in (normal, abnormal)
-    )
-    assert a.shape == b.shape and a.exposure == b.exposure and a.noise_seed == b.noise_seed
+    normal = studies.Study("train", 7, "HAND", 1, 0, "R", 2, "none", 0.0, ("AP", "LAT"))
+    abnormal = studies.Study("train", 7, "HAND", 1, 1, "R", 2, "fracture", 0.8, ("AP", "LAT"))
+    for a, b in zip(settings_of(normal), settings_of(abnormal), strict=True):
+        assert a.shape == b.shape and a.exposure == b.exposure and a.noise_seed == b.noise_seed
+        assert (a.colour, a.collimated, a.text_seed) == (b.colour, b.collimated, b.text_seed)
+
+
+def test_the_films_of_a_study_come_from_one_room():
+    scene, words = make_scene("HAND"), set()
+    for number in range(12):
+        study = studies.Study("train", 7, "HAND", number, 0, "R", 2, "none", 0.0, ("AP", "OBL", "LAT"))
+        films = [film.take(scene, s) for s in settings_of(study)]
+        texts = [
+            [text.replace(s.view, "") for text, *_ in f.text_boxes]
+            for f, s in zip(films, settings_of(study), strict=True)
+        ]
+        assert len({f.image.ndim for f in films}) == len({max(f.image.shape) for f in films}) == 1
+        assert texts[0] == texts[1] == texts[2]
+        assert len({f.image.tobytes() for f in films}) == 3
+        words |= set(map(tuple, texts))
+    assert len(words) > 3  # and not all studies from the same one
 
 
 # -------------------------------------------------------------------------------------------- plan

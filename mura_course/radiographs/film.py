@@ -91,35 +91,22 @@ def burn_in(image: Image.Image, settings: Settings, side: str, rng: np.random.Ge
         draw.text(corner, text, fill=int(grey), font=font)
         boxes.append((text, *(int(b) for b in box)))
 
-    if rng.random() < 0.85:
-        text = (
-            side if rng.random() < 0.7 else side + str(rng.choice([f" {settings.view}", " JB", " 3", " KM"]))
-        )
+    # Wording and style are the study's, places the film's: no draw of the one moves the other.
+    style = np.random.default_rng(settings.text_seed)
+    v = style.uniform
+    marked, dated, noted = style.random(3) < (0.85, 0.25, 0.15)
+    suffix = "" if style.random() < 0.7 else str(style.choice([f" {settings.view}", " JB", " 3", " KM"]))
+    if marked:
         left = u(0.04, 0.16) if rng.random() < 0.5 else u(0.72, 0.84)
-        put(
-            text,
-            u(0.055, 0.11),
-            left * width,
-            (u(0.03, 0.14) if rng.random() < 0.7 else u(0.78, 0.86)) * height,
-            u(170, 235),
-            rng.random() < 0.25,
-        )
-    if rng.random() < 0.25:
-        put(
-            f"{rng.integers(1, 28):02d}/{rng.integers(1, 13):02d}/{rng.integers(2003, 2013)}",
-            0.045,
-            4,
-            height - 16,
-            u(140, 230),
-        )
-    if rng.random() < 0.15:
-        put(
-            str(rng.choice(["PORTABLE", "UPRIGHT", "POST", "TABLE"])),
-            0.04,
-            u(0.3, 0.6) * width,
-            3,
-            u(140, 230),
-        )
+        top = u(0.03, 0.14) if rng.random() < 0.7 else u(0.78, 0.86)
+        framed = bool(style.random() < 0.25)
+        put(side + suffix, v(0.055, 0.11), left * width, top * height, v(170, 235), framed)
+    if dated:
+        date = f"{style.integers(1, 28):02d}/{style.integers(1, 13):02d}/{style.integers(2003, 2013)}"
+        put(date, 0.045, 4, height - 16, v(140, 230))
+    if noted:
+        note = str(style.choice(["PORTABLE", "UPRIGHT", "POST", "TABLE"]))
+        put(note, 0.04, u(0.3, 0.6) * width, 3, v(140, 230))
     return boxes
 
 

@@ -20,6 +20,38 @@ COARSE = 4  # soft tissue is smooth: worked out on a grid four times coarser
 
 
 @dataclass(frozen=True)
+class Room:
+    """What the films of one study share: machine, processing, marker style. So a study can be recognised."""
+
+    exposure: dict[str, float]
+    longest: float  # longest side of the films, share of the largest that there is
+    colour: bool  # stored as RGB
+    collimated: bool
+    seed: int  # of what is burned in
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator) -> "Room":
+        """Draw a room; whatever the label of the study that is made in it."""
+        u = rng.uniform
+        exposure = dict(
+            bone=u(0.058, 0.082),
+            soft=u(0.014, 0.021),
+            blur=u(0.4, 0.8),
+            heel_x=u(-0.06, 0.06),
+            heel_y=u(-0.06, 0.06),
+            veil=u(0.003, 0.02),
+            photons=np.exp(u(np.log(2000), np.log(12000))),
+            white=u(1.1, 1.3),
+            black=u(0, 0.12),
+            sharpen=u(0, 0.7),
+            sharpen_sigma=u(2, 6),
+            gamma=u(0.75, 1.25),
+        )
+        longest = 1.0 if rng.random() < 0.8 else u(0.6, 1)
+        return cls(exposure, longest, rng.random() < 0.5, rng.random() < 0.55, int(rng.integers(2**31)))
+
+
+@dataclass(frozen=True)
 class Settings:
     """How one film is taken; drawn from a stream of random numbers of its own."""
 
@@ -35,35 +67,34 @@ class Settings:
     exposure: dict[str, float]
     collimated: bool
     colour: bool  # stored as RGB
+    text_seed: int  # of the wording and style of what is burned in
 
     @classmethod
-    def sample(cls, part: str, digit: int, view: str, long_side: int, rng: np.random.Generator) -> "Settings":
-        """Draw the settings of a film of a part in a view; the longest side is `long_side` pixels or less."""
+    def sample(
+        cls,
+        part: str,
+        digit: int,
+        view: str,
+        long_side: int,
+        rng: np.random.Generator,
+        room: Room | None = None,
+    ) -> "Settings":
+        """Draw the settings of a film of a part in a view; the longest side is `long_side` pixels or less.
+
+        room: of the study; by default one is drawn for this film alone.
+        """
+        room = room or Room.sample(rng)
         spec, u = PARTS[part], rng.uniform
         angles, camera = position(part, view, rng)
         target = aim(part, digit, skeleton().pose(angles))
         aspect = np.exp(u(*np.log(spec.aspect)))
         if view == "LAT" and part in ("ELBOW", "FOREARM"):  # a bent elbow: the forearm lies across the film
             aspect = 1 / aspect if part == "FOREARM" else u(0.8, 1.2)
-        longest = long_side if rng.random() < 0.8 else int(long_side * u(0.6, 1))
+        longest = int(long_side * room.longest)
         shape = (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
         if rng.random() < 0.08:  # some films are stored sideways
             shape = shape[::-1]
             camera = rotation_about([0, 0, 1], rng.choice([-1, 1]) * np.pi / 2) @ camera
-        exposure = dict(
-            bone=u(0.058, 0.082),
-            soft=u(0.014, 0.021),
-            blur=u(0.4, 0.8),
-            heel_x=u(-0.06, 0.06),
-            heel_y=u(-0.06, 0.06),
-            veil=u(0.003, 0.02),
-            photons=np.exp(u(np.log(2000), np.log(12000))),
-            white=u(1.1, 1.3),
-            black=u(0, 0.12),
-            sharpen=u(0, 0.7),
-            sharpen_sigma=u(2, 6),
-            gamma=u(0.75, 1.25),
-        )
         return cls(
             view,
             angles,
@@ -74,9 +105,10 @@ class Settings:
             rng.normal(0, 0.02, 2),
             u(900, 1400),
             int(rng.integers(2**31)),
-            exposure,
-            rng.random() < 0.55,
-            rng.random() < 0.5,
+            {name: value * u(0.95, 1.05) for name, value in room.exposure.items()},  # set anew each time
+            room.collimated,
+            room.colour,
+            room.seed,
         )
 
 

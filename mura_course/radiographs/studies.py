@@ -15,7 +15,7 @@ import numpy as np
 from .anatomy import CARPALS, PARTS, Patient, Scene, clouds
 from .film import Film, shutters, take
 from .findings import FINDINGS
-from .projection import Projector, Settings, finding_box
+from .projection import Projector, Room, Settings, finding_box
 
 # Studies of MURA v1.1: train normal, train abnormal, valid normal, valid abnormal; mean views of a study.
 MURA = {
@@ -165,8 +165,9 @@ def film_study(
 
     text: False leaves the burned-in text out and changes nothing else.
     """
+    room = Room.sample(study.rng(seed, 4))
     settings = [
-        Settings.sample(study.part, study.digit, view, long_side, study.rng(seed, 1, i))
+        Settings.sample(study.part, study.digit, view, long_side, study.rng(seed, 1, i), room)
         for i, view in enumerate(study.views)
     ]
     scene, detail = make_scene(study, seed, settings, cache)
