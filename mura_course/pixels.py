@@ -1,7 +1,7 @@
 """From stored pixels to the float batches that a model sees: `Augment`, `Batches` (chapter 4).
 
 Writes nothing. Augments with OpenCV, on uint8, in threads, and imports neither Keras nor torch before an
-adapter is asked for. `PixelStore` and `read_image` come from `mura_course.pixel_store`.
+adapter is asked for. `PixelStore`, `read_image` and `resize` come from `mura_course.pixel_store`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pandas as pd
 
 from . import data
 from .errors import DataError
-from .pixel_store import PixelStore, one_of, read_image, single_threaded_opencv
+from .pixel_store import PixelStore, one_of, read_image, resize, single_threaded_opencv
 
 __all__ = [
     "KL_AUGMENT",
@@ -35,6 +35,7 @@ __all__ = [
     "kl_datasets",
     "kn_datasets",
     "read_image",
+    "resize",
     "rotate",
 ]
 
