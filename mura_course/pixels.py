@@ -101,12 +101,13 @@ def rotate(image: np.ndarray, degrees: float, mirror_x: bool = False, mirror_y: 
 def autocontrast(image: np.ndarray) -> np.ndarray:
     """uint8 `image` (height, width[, 3]), each channel stretched to 0..255 by torchvision's tensor formula.
 
-    ``trunc((v - low) * (255 / (high - low)))`` in float32; a channel of one single value stays as it is.
+    ``trunc((v - low) * (1 / (high - low) * 255))`` in float32, in this order of rounding, which is torch's for
+    a number divided by a tensor; a channel of one single value stays as it is.
     """
     low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
     flat = low == high
     low = np.where(flat, 0, low).astype(np.float32)
-    scale = np.float32(255) / np.where(flat, 255, high - low).astype(np.float32)
+    scale = np.float32(255) * (np.float32(1) / np.where(flat, 255, high - low).astype(np.float32))
     table = ((np.arange(256, dtype=np.float32).reshape(256, *[1] * low.ndim) - low) * scale).clip(0, 255)
     return cv2.LUT(image, table.astype(np.uint8).reshape(1, 256, -1))
 
