@@ -1,4 +1,4 @@
-"""The command `mura-course`: make demo data, list and compare runs. Explained in the setup chapter.
+"""The command `mura-course`: demo data, checks of data, text removal, lists of runs. See the setup chapter.
 
 Parses arguments, calls one function of the package, prints. Loads a module only for the command that needs
 it.
@@ -12,14 +12,13 @@ from .errors import MuraError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `mura-course`; returns the exit code (0 well, 1 an error that is printed in one line)."""
+    """Run `mura-course`; returns the exit code: 0 well, 1 an error that is printed, or data with problems."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (MuraError, OSError, ValueError) as error:
         print(f"mura-course: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,6 +33,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--text-free", action="store_true", help="the same films without burned-in text")
     demo.add_argument("--workers", type=int, help="processes (one a core)")
     demo.set_defaults(run=_demo)
+
+    check = commands.add_parser("check", help="compare a data set with what MURA v1.1 must hold")
+    check.add_argument("data", type=Path, metavar="FOLDER_OR_ZIP", help="data, or MURA's zip as downloaded")
+    check.add_argument("--out", type=Path, metavar="FOLDER", help="unpack a zip there (beside it)")
+    check.add_argument("--again", action="store_true", help="open files that an earlier check opened, too")
+    check.add_argument("--workers", type=int, help="threads (one a core)")
+    check.set_defaults(run=_check)
+
+    text = commands.add_parser("remove-text", help="copy a data set, without the text in its films")
+    text.add_argument("data", type=Path, metavar="IN", help="data folder, which stays as it is")
+    text.add_argument("out", type=Path, metavar="OUT", help="new folder; a call that was killed continues")
+    text.add_argument("--detector", default="rapidocr", help="rapidocr (default), strokes or keras-ocr")
+    text.add_argument("--workers", type=int, help="processes (two)")
+    text.set_defaults(run=_remove_text)
 
     runs = commands.add_parser("runs", help="list finished runs, or compare two of them")
     runs.set_defaults(run=_list_runs)
@@ -51,6 +64,30 @@ def _demo(options: argparse.Namespace) -> None:
     text = not options.text_free
     folder = write_demo(options.out, options.studies, options.seed, options.long_side, text, options.workers)
     print(f"{folder}\nTo use it, set MURA_DATA to this folder.")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from . import integrity
+
+    folder = options.data.expanduser()
+    if folder.is_file():
+        folder = integrity.extract(folder, options.out)
+    elif options.out:
+        raise ValueError(f"--out says where to unpack a zip file, and {folder} is none. Leave it out.")
+    table = integrity.check(folder, workers=options.workers, again=options.again)
+    print(integrity.report(table))
+    return 0 if table.empty else 1
+
+
+def _remove_text(options: argparse.Namespace) -> None:
+    from .text_removal import clean_dataset
+
+    record = clean_dataset(options.data, options.out, options.detector, options.workers)
+    print(
+        f"{options.out}: {record['films']:,} films; the detector {record['detector']} found text in "
+        f"{record['films_with_text']:,}, in {record['boxes']:,} boxes.\n"
+        "To use it, set MURA_DATA to this folder."
+    )
 
 
 def _list_runs(options: argparse.Namespace) -> None:

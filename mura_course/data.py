@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from glob import glob
@@ -32,8 +32,9 @@ COLUMNS = ("path", "split", "body_part", "patient", "study", "view", "label")
 # Where Kaggle and Colab put data sets, each searched two folders deep, in this order.
 MOUNTS = ("/kaggle/input/*", "/kaggle/input/datasets/*/*", "/content", "/content/drive/MyDrive")
 
+TEXT_REMOVED = "removed_text.json"  # in a folder that text_removal made
 # MURA's folder names against the book's: the public "valid" set is the test set, as in both reports.
-_SPLITS = {"train": "train", "valid": "test"}
+SPLITS = {"train": "train", "valid": "test"}
 
 _STUDY = (
     r"(?:^|/)(?P<folder>{folder}/XR_(?P<body_part>[^/]+)/(?P<patient_folder>patient(?P<patient>\d{{1,9}}))"
@@ -127,9 +128,11 @@ def _is_root(folder: Path) -> bool:
 def _subfolders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+            names = [e.name for e in entries if e.is_dir()]
     except OSError:  # a folder that cannot be listed holds no data for us
         return []
+    # .partial: being unpacked or rendered, or left by a run that was killed.
+    names = [name for name in names if not (name.startswith((".", "__MACOSX")) or name.endswith(".partial"))]
     return [folder / name for name in sorted(names)]
 
 
@@ -142,19 +145,23 @@ def load_index(root: str | os.PathLike | None = None, *, quiet: bool = False) ->
     Columns: ``path`` (str, relative to the root, forward slashes, as on disk), ``split`` (``train`` or
     ``test``), ``body_part`` (categorical of `BODY_PARTS`), ``patient`` (int), ``study`` (str, unique:
     ``HAND/patient00011/study1``), ``view`` (int), ``label`` (int, 0 normal, 1 abnormal).
-    ``attrs``: ``root`` (str), ``name`` (``MURA-v1.1`` or ``MURA-demo``), ``is_demo`` (bool).
+    ``attrs``: ``root`` (str), ``name`` (``MURA-v1.1`` or ``MURA-demo``, followed by ``-no-text`` where
+    `text_removal` made the folder, so that no run on it is taken for one on the original) and ``is_demo``.
 
     Prints one line on which data these are, unless `quiet`. Raises `DataNotFoundError` where a folder, a
     CSV file or images are missing and `DataError` where a CSV file is wrong, naming file and remedy.
     """
     root = find_root(root)
-    parts = [_read_split(root, folder, split) for folder, split in _SPLITS.items()]
+    parts = [_read_split(root, folder, split) for folder, split in SPLITS.items()]
     index = pd.concat(parts, ignore_index=True)
     index["body_part"] = pd.Categorical(index["body_part"], categories=list(BODY_PARTS))
     index = index.astype({"patient": "int64", "view": "int64", "label": "int64"})[list(COLUMNS)]
     _check_sides(root, index)
     is_demo = (root / "truth.csv").is_file()  # MURA has no such file; rendered films always do
-    index.attrs = {"root": str(root), "name": "MURA-demo" if is_demo else "MURA-v1.1", "is_demo": is_demo}
+    name = "MURA-demo" if is_demo else "MURA-v1.1"
+    if (root / TEXT_REMOVED).is_file():
+        name += "-no-text"
+    index.attrs = {"root": str(root), "name": name, "is_demo": is_demo}
     if not quiet:
         print(f"Data: {describe(index)}")
     return index
@@ -169,40 +176,77 @@ def describe(index: pd.DataFrame) -> str:
 
 def _read_split(root: Path, folder: str, split: str) -> pd.DataFrame:
     """Rows of one of MURA's two folders, checked."""
-    image_file, label_file = (root / f"{folder}_{kind}.csv" for kind in ("image_paths", "labeled_studies"))
-    images = _parse(image_file, folder, _IMAGE_LINE, "image<N>.png")
-    studies = _parse(label_file, folder, _LABEL_LINE, ",<0 or 1>")
+    image_file, label_file = csv_files(root, folder)
+    images = parse_images(image_file, folder, _refuse)
+    studies = parse_labels(label_file, folder, _refuse)
+    return label_images(root, image_file, images, label_file, studies, _refuse).assign(split=split)
+
+
+# Lines with these problems are left out; all others are kept.
+UNUSABLE_LINES = ("a path points outside the data folder", "malformed line", "unknown body part")
+
+
+# Each of the next four hands what is wrong to `refuse` and goes on with the rest, if `refuse` returns:
+# load_index stops at the first problem, integrity.check collects them all.
+
+
+def csv_files(root: Path, folder: str) -> tuple[Path, Path]:
+    """The files that list the images and the labels of one of MURA's two folders."""
+    return root / f"{folder}_image_paths.csv", root / f"{folder}_labeled_studies.csv"
+
+
+def parse_images(file: Path, folder: str, refuse: Callable) -> pd.DataFrame:
+    """The lines of a file of image paths taken apart: one row per image, by line number."""
+    return _parse(file, folder, _IMAGE_LINE, "image<N>.png", refuse)
+
+
+def parse_labels(file: Path, folder: str, refuse: Callable) -> pd.DataFrame:
+    """The lines of a file of labelled studies taken apart: one row per study, by line number."""
+    studies = _parse(file, folder, _LABEL_LINE, ",<0 or 1>", refuse)
     studies["label"] = studies["label"].astype("int64")
     wrong = studies["label"].eq(1) != studies["sign"].eq("positive")
-    _refuse(label_file, studies, wrong, f"a label contradicts its folder name. 1 is positive. {_ORIGINAL}")
+    refuse(file, studies, wrong, "a label contradicts its folder name", f"1 is positive. {_ORIGINAL}")
     # The sign is left out of the key: one study cannot be both positive and negative.
     twice = studies.duplicated(["body_part", "patient_folder", "study_name"], keep=False)
-    _refuse(label_file, studies, twice, "a study is listed more than once. Keep one line for each.")
+    refuse(file, studies, twice, "a study is listed more than once", "Keep one line for each.")
+    return studies.drop_duplicates("folder")
 
-    images["label"] = images["folder"].map(studies.set_index("folder")["label"])
-    unlabelled = images["label"].isna()
-    _refuse(image_file, images, unlabelled, f"a study has no label in {label_file.name}. {_ORIGINAL}")
+
+def label_images(
+    root: Path,
+    image_file: Path,
+    images: pd.DataFrame,
+    label_file: Path,
+    studies: pd.DataFrame,
+    refuse: Callable,
+) -> pd.DataFrame:
+    """`images` with ``label``, ``study`` and ``path``, as the disk spells it (missing where absent)."""
+    images = images.assign(label=images["folder"].map(studies.set_index("folder")["label"]))
+    problem = f"a study has no label in {label_file.name}"
+    refuse(image_file, images, images["label"].isna(), problem, _ORIGINAL)
     images["path"] = _on_disk(root, images)
-    problem = f"images absent under {root}. Unpack the archive again, or take these lines out."
-    _refuse(image_file, images, images["path"].isna(), problem, DataNotFoundError)
-    twice = images["path"].duplicated(keep=False)
-    _refuse(image_file, images, twice, "an image is listed more than once. Keep one line for each.")
+    remedy = "Unpack the archive again, or take these lines out."
+    refuse(image_file, images, images["path"].isna(), "images absent", remedy, DataNotFoundError)
+    twice = images["path"].duplicated(keep=False) & images["path"].notna()
+    refuse(image_file, images, twice, "an image is listed more than once", "Keep one line for each.")
     images["study"] = images["body_part"] + "/" + images["patient_folder"] + "/" + images["study_name"]
-    return images.assign(split=split)
+    return images
 
 
-def _parse(file: Path, folder: str, pattern: str, ending: str) -> pd.DataFrame:
+def _parse(file: Path, folder: str, pattern: str, ending: str, refuse: Callable) -> pd.DataFrame:
     """The lines of one CSV file taken apart by `pattern`, by line number, with the ``line`` itself."""
     lines = _read_lines(file)
     rows = lines.str.extract(pattern.format(folder=folder)).assign(line=lines)
     outside = lines.str.startswith(("/", "~", "../")) | lines.str.contains(r"/\.\./|^[A-Za-z]:")
-    problem = "a path points outside the data folder. Write it as MURA does: MURA-v1.1/train/..."
-    _refuse(file, rows, outside, problem)
+    remedy = "Write it as MURA does: MURA-v1.1/train/..."
+    refuse(file, rows, outside, "a path points outside the data folder", remedy)
+    rows = rows[~outside]
     form = f"{folder}/XR_<PART>/patient<NNNNN>/study<N>_<positive or negative>/{ending}"
-    _refuse(file, rows, rows["folder"].isna(), f"malformed, not of the form {form}. {_ORIGINAL}")
-    problem = f"unknown body part. MURA's are XR_{', XR_'.join(BODY_PARTS)}."
-    _refuse(file, rows, ~rows["body_part"].isin(BODY_PARTS), problem)
-    return rows
+    refuse(file, rows, rows["folder"].isna(), "malformed line", f"The form is {form}. {_ORIGINAL}")
+    rows = rows[rows["folder"].notna()]
+    unknown = ~rows["body_part"].isin(BODY_PARTS)
+    refuse(file, rows, unknown, "unknown body part", f"MURA's are XR_{', XR_'.join(BODY_PARTS)}.")
+    return rows[~unknown].copy()
 
 
 def _read_lines(file: Path) -> pd.Series:
@@ -264,11 +308,13 @@ def _check_sides(root: Path, index: pd.DataFrame) -> None:
         )
 
 
-def _refuse(file: Path, rows: pd.DataFrame, bad: pd.Series, problem: str, error=DataError) -> None:
+def _refuse(
+    file: Path, rows: pd.DataFrame, bad: pd.Series, problem: str, remedy: str, error=DataError
+) -> None:
     """Raise `error` if any row is `bad`: the file, the problem with its remedy, the first few lines."""
     if bad.any():
         lines = (f"line {number}: {line}" for number, line in rows.loc[bad, "line"].items())
-        raise error(f"{file}: {bad.sum():,} of {len(rows):,} lines: {problem}{_few(lines)}")
+        raise error(f"{file}: {bad.sum():,} of {len(rows):,} lines: {problem}. {remedy}{_few(lines)}")
 
 
 def _few(items: Iterable, shown: int = 5) -> str:
