@@ -51,6 +51,7 @@ def extract(
         with FileLock(lock, timeout=0), zipfile.ZipFile(archive) as source:
             if os.path.lexists(target):
                 raise DataError(f"{target} exists already. Check it, or unpack elsewhere: --out FOLDER.")
+            _check_directory(archive, source)
             members = _members(archive, source)
             out.mkdir(parents=True, exist_ok=True)
             _unpack(archive, source, members, out / f"{target.name}.partial", progress)
@@ -68,6 +69,16 @@ def extract(
         problem = f"{archive} ({archive.stat().st_size:,} bytes) is no zip file, or lacks its end ({error})"
         raise DataError(f"{problem}. {_AGAIN}") from error
     return data.find_root(target)
+
+
+def _check_directory(archive: Path, source: zipfile.ZipFile) -> None:
+    """DataError where a damaged directory hides files: zipfile passes over them without a word."""
+    with open(archive, "rb") as file:
+        file.seek(-22 - len(source.comment), os.SEEK_END)
+        end = file.read(22)
+    stated, listed = int.from_bytes(end[10:12], "little"), len(source.infolist())
+    if end.startswith(b"PK\x05\x06") and stated not in (0xFFFF, listed & 0xFFFF):  # FFFF: said elsewhere
+        raise DataError(f"{archive} lists {listed:,} of its {stated:,} files: it is damaged. {_AGAIN}")
 
 
 def _members(archive: Path, source: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

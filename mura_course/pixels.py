@@ -101,7 +101,7 @@ def rotate(image: np.ndarray, degrees: float, mirror_x: bool = False, mirror_y: 
 def autocontrast(image: np.ndarray) -> np.ndarray:
     """uint8 `image` (height, width[, 3]), each channel stretched to 0..255 by torchvision's tensor formula.
 
-    ``trunc((v - low) * (1 / (high - low) * 255))`` in float32, in this order of rounding, which is torch's for
+    ``trunc((v - low) * (1 / (high - low) * 255))`` in float32, rounded in this order, which is torch's for
     a number divided by a tensor; a channel of one single value stays as it is.
     """
     low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))

@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 from conftest import STUDIES, write_mura
 from filelock import FileLock
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mura_course import archive, cli, data, image_files, integrity
@@ -986,6 +986,7 @@ def packed(pristine, tmp_path_factory) -> bytes:
 
 
 @settings(max_examples=25, deadline=None)
+@example(at=0.5543028594765476, byte=7, directory=True)  # hides the entries that follow
 @given(at=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), directory=st.booleans())
 def test_any_damage_to_an_archive_is_an_error_or_harmless(
     pristine, packed, tmp_path_factory, at, byte, directory
