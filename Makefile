@@ -19,6 +19,7 @@ STARTED := $(shell date +%s)
 
 help:
 	@echo "make book    make .venv, install, execute the chapters and render them (MURA_PROFILE=$(MURA_PROFILE))"
+	@echo "make install make .venv and install into it, and nothing else"
 	@echo "make test    unit tests, then every chapter in profile smoke"
 	@echo "make lint    ruff on code and chapters; chapters must be stripped of outputs"
 	@echo "make bench   every benchmark in benchmarks/"

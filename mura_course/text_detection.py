@@ -82,7 +82,7 @@ def require(package: str) -> str:
     """The version of a package of the extra `text`; raises TextDetectionError where it is missing."""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         raise TextDetectionError(
-            f"The detector needs {package}, which is not installed here. Run: pip install 'mura-course[text]'"
+            f"The detector needs {package}, which is not installed here. Run: pip install {package}"
         )
     return importlib.metadata.version(package)
 

@@ -8,6 +8,7 @@ that process; there, nobody else is. Writes nothing but keras-ocr's weights, in 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import pickle
 import subprocess
@@ -41,15 +42,19 @@ def craft_weights(
     sha256: str = WEIGHTS_SHA256,
     folder: str | Path | None = None,
     timeout: float = 30,
+    download: bool = True,
 ) -> Path:
     """The file of CRAFT's weights in `folder`, downloaded where it is missing, and verified in any case.
 
     folder: by default keras-ocr's own, KERAS_OCR_CACHE_DIR or ~/.keras-ocr. timeout: seconds without a byte.
+    download: False takes only a file that is there.
     Raises WeightsError, naming file, URL, checksum and folder: no connection, or a wrong checksum.
     """
     folder = Path(folder or os.environ.get("KERAS_OCR_CACHE_DIR") or "~/.keras-ocr").expanduser()
     file = folder / url.rpartition("/")[2]
     byhand = f"Download {url} (SHA-256 {sha256}) by other means and place it in {folder} as {file.name}."
+    if not file.is_file() and not download:
+        raise WeightsError(f"keras-ocr's weights are not in {folder}. {byhand}")
     if not file.is_file():
         print(f"Downloading {url} to {folder}")
         try:
@@ -64,8 +69,8 @@ def craft_weights(
                 arrived.replace(file)
         except WeightsError:
             raise
-        except OSError as error:  # URLError is one, a refused folder another
-            reason = getattr(error, "reason", None) or error.strerror or error
+        except (OSError, http.client.HTTPException) as error:  # no connection, no page, no folder, no sense
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
             raise WeightsError(f"keras-ocr's weights cannot be downloaded ({reason}). {byhand}") from error
     _verify(file, sha256, f"{file}, keras-ocr's weights,", f"Delete it. {byhand}")
     return file

@@ -444,6 +444,13 @@ def test_weights_that_cannot_be_had_name_file_address_checksum_and_folder(server
     assert list((tmp_path / "kept").iterdir()) == []
 
 
+def test_nothing_is_downloaded_where_that_was_not_asked_for(server, tmp_path):
+    address, asked = server
+    with pytest.raises(text_worker.WeightsError, match=f"not in {tmp_path}.*{WHOLE}.*as whole.h5"):
+        text_worker.craft_weights(f"{address}/whole.h5", WHOLE, tmp_path, download=False)
+    assert asked == [] and list(tmp_path.iterdir()) == []
+
+
 def test_a_placed_file_with_another_checksum_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_OCR_CACHE_DIR", str(tmp_path))
     (tmp_path / "craft_mlt_25k.h5").write_bytes(b"not CRAFT")

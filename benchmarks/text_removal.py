@@ -1,0 +1,89 @@
+"""How well, and how fast, is text removed from test films of the demo data? Chapter 2's table, on more.
+
+    python benchmarks/text_removal.py [--films 300] [--data DIR] [--threads 1]
+
+Test films with their truth; the detectors of `text_detection`, and beside them what a user would do without
+this package: RapidOCR with its defaults, its boxes filled as KL 1.2's recipe does. keras-ocr runs where its
+weights are in its folder; it downloads nothing here. Seconds include finding and inpainting, in one process,
+with so many threads; other load makes them worthless. Writes `benchmarks/results/text_removal.csv`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from mura_course import data, text_detection, text_removal, text_scores
+from mura_course.errors import MuraError
+
+RESULTS = Path(__file__).parent / "results" / "text_removal.csv"
+
+
+class PlainRapidOCR:
+    """RapidOCR as it comes: every box that it finds, filled with the recipe's line."""
+
+    def __init__(self, threads: int) -> None:
+        from rapidocr import RapidOCR
+
+        threading = {"EngineConfig.onnxruntime.intra_op_num_threads": threads}
+        self._engine = RapidOCR(params={"Global.log_level": "critical", **threading})
+
+    def __call__(self, image: np.ndarray) -> text_detection.Found:
+        result = self._engine(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), use_cls=False, use_rec=False)
+        corners = [] if result.boxes is None else result.boxes
+        boxes = [text_detection.TextBox(np.float32(c), source="rapidocr") for c in corners]
+        return text_detection.Found(boxes, text_detection.line_mask(boxes, image.shape))
+
+
+def detectors(threads: int) -> dict:
+    """Those that can run here, by the name that the table gives them."""
+    found = {name: text_detection.get_detector(name, threads) for name in ("strokes", "rapidocr")}
+    found["rapidocr, all boxes filled"] = PlainRapidOCR(threads)
+    try:
+        from mura_course.text_worker import KerasOCR
+
+        found["keras-ocr, all boxes filled"] = KerasOCR(download=False)
+    except MuraError as error:
+        print(error)
+    return found
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--films", type=int, default=300)
+    parser.add_argument("--data", help="a folder MURA-demo; by default the course's own demo data")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    cv2.setNumThreads(options.threads)
+    index = data.load_index(options.data)
+    test = index[index["split"].eq("test")]
+    studies = test["study"].drop_duplicates().sample(frac=1, random_state=0)
+    rows = test.set_index("study").loc[studies].head(options.films)  # whole studies, as they are rendered
+    films = list(text_scores.known_films(index.attrs["root"], rows["path"].tolist()))
+    table = {}
+    for name, detector in detectors(options.threads).items():
+        text_removal.remove_text(films[0].image, detector)  # what is loaded late is loaded now
+        seconds, scores = 0.0, []
+        for film in films:
+            began = time.perf_counter()
+            clean, found = text_removal.remove_text(film.image, detector)
+            seconds += time.perf_counter() - began
+            scores.append(text_scores.score(film, found, clean))
+        summary = text_scores.summary(pd.DataFrame(scores))
+        table[name] = summary.apply(lambda r: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]", axis=1)
+        table[name]["films"], table[name]["seconds a film"] = len(films), round(seconds / len(films), 4)
+        print(f"{name}: {seconds / len(films):.3f} s a film")
+    table = pd.DataFrame(table).rename_axis(
+        f"{index.attrs['name']}, test films, 95 % intervals over patients"
+    )
+    RESULTS.parent.mkdir(exist_ok=True)
+    table.to_csv(RESULTS)
+    print(table.to_string())
+
+
+if __name__ == "__main__":
+    main()
