@@ -127,7 +127,7 @@ def test_an_unknown_detector_lists_those_that_there_are():
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr(td.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(td.TextDetectionError, match=r"needs rapidocr.*pip install 'mura-course\[text\]'"):
+    with pytest.raises(td.TextDetectionError, match="needs rapidocr.*pip install rapidocr"):
         td.get_detector("rapidocr")
 
 
@@ -482,8 +482,9 @@ def keras_module(detector):
 def test_keras_ocr_runs_beside_keras_3(tmp_path, monkeypatch):
     """With weights of the right shape: there are no trained ones to test with."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    loaded = "tensorflow" in sys.modules  # another test of this process may have
     worker = text_worker.Worker("keras-ocr")
-    assert worker(keras_module).startswith("tf_keras") and "tensorflow" not in sys.modules
+    assert worker(keras_module).startswith("tf_keras") and ("tensorflow" in sys.modules) == loaded
     assert not hasattr(np, "sctypes") and "TF_USE_LEGACY_KERAS" not in os.environ
     placed = tmp_path / "craft_mlt_25k.h5"
     worker(save_weights, str(placed))
