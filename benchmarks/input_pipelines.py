@@ -5,7 +5,8 @@
 All deliver KL's "train augmented" (224 px, RGB float32 in 0..1, batches of 64, rotation up to 30 degrees,
 flip) from the same PNG films, written to a temporary folder, which is all that this writes. Each pipeline
 lives in a process of its own; the rounds take turns, so that whatever else the machine does falls on all
-alike. tf.data has no rotation operation: its rotation is Keras' RandomRotation layer, on the batch.
+alike, and those that wait for their turn are halted (not on Windows). tf.data has no rotation operation:
+its rotation is Keras' RandomRotation layer, on the batch.
 
 Prints images/s (median over the rounds), the ratios, the processor time that an image costs (Linux; other
 load changes it least), each process's peak memory, and the share of its time that a consumer of 2,000
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -129,7 +131,10 @@ def batches(folder: Path) -> Iterator:
 def batches_keras(folder: Path) -> Iterator:
     import tensorflow as tf
 
-    return ((tf.convert_to_tensor(x), tf.convert_to_tensor(y)) for x, y in endless(ours(folder)))
+    films = ours(folder)
+    image, label = tf.TensorSpec((None, SIZE, SIZE, 3), tf.float32), tf.TensorSpec((None,), tf.float32)
+    data = tf.data.Dataset.from_generator(lambda: endless(films), output_signature=(image, label))
+    return iter(data.prefetch(tf.data.AUTOTUNE))  # what `fit` makes of a PyDataset
 
 
 def batches_torch(folder: Path) -> Iterator:
@@ -197,15 +202,26 @@ def start(name: str, folder: Path) -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=open(folder / f"{name}.log", "w"),
+        start_new_session=True,  # so that `awake` reaches its workers, too
     )
     if process.stdout.readline().strip() != "ready":
         raise SystemExit(f"{name} did not start:\n{(folder / f'{name}.log').read_text()[-2000:]}")
+    awake(process, False)
     return process
 
 
 def ask(process: subprocess.Popen, seconds: float, pause: float = 0.0) -> tuple[float, ...]:
+    awake(process, True)
     print(seconds, pause, file=process.stdin, flush=True)
-    return tuple(map(float, process.stdout.readline().split()))
+    answer = tuple(map(float, process.stdout.readline().split()))
+    awake(process, False)
+    return answer
+
+
+def awake(process: subprocess.Popen, wanted: bool) -> None:
+    """Halt a pipeline, or let it go on: what it fetches ahead would take the others' time."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGCONT if wanted else signal.SIGSTOP)
 
 
 def race(folder: Path, rounds: int, seconds: float) -> pd.DataFrame:
@@ -225,6 +241,7 @@ def race(folder: Path, rounds: int, seconds: float) -> pd.DataFrame:
             _, wait, _, memory[name] = ask(process, seconds, BATCH / CONSUMER)
             waits[name].append(wait)
     for process in processes.values():
+        awake(process, True)
         process.stdin.close()
         process.terminate()
     return pd.DataFrame(
