@@ -170,6 +170,7 @@ def summary(scores: pd.DataFrame, samples: int = 1000, seed: int = 0) -> pd.Data
         low, high = np.nanpercentile(resampled, [2.5, 97.5]) if bottom.any() else (np.nan, np.nan)
         numbers = np.array([value, low, high])
         if name.startswith("square"):
-            name, numbers = name.replace("square", "psnr"), 10 * np.log10(255**2 / numbers[[0, 2, 1]])
+            with np.errstate(divide="ignore"):  # equal images: infinitely many decibels
+                name, numbers = name.replace("square", "psnr"), 10 * np.log10(255**2 / numbers[[0, 2, 1]])
         rows[name] = dict(zip(("value", "low", "high"), numbers, strict=True)) | {"n": int(bottom.sum())}
     return pd.DataFrame.from_dict(rows, orient="index")

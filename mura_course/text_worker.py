@@ -7,6 +7,7 @@ that process; there, nobody else is. Writes nothing but keras-ocr's weights, in 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -190,8 +191,9 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            pipe.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died before it read all
+            self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait()
         self._log.close()
 

@@ -21,6 +21,14 @@ STUDIES = (
 )
 
 
+# Whoever starts the longest file last waits for it alone: they go first where files run side by side.
+LONGEST = ("test_keras_models", "test_text_removal", "test_radiographs", "test_pixels", "test_integrity")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """No test reads or writes the user's cache, data or choice of profile.

@@ -201,7 +201,7 @@ def dataset(mura_folder):
     """A tiny data set whose films are films: every second one with an L, some RGB, one 16-bit."""
     root = mura_folder(truth=True)
     for number, file in enumerate(sorted(root.rglob("*.png"))):
-        image = film(200, 160, number)
+        image = film(130, 110, number)
         if number % 2 == 0:
             image = write_on(image, at=(12, 30))[0]
         image = np.repeat(image[..., None], 3, 2) if number % 3 == 0 else image
