@@ -8,7 +8,7 @@ Chapter 10 explains both levels and the bootstrap; every chapter that trains use
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -94,6 +94,48 @@ def study_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def paired_difference(
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    level: str = "image",
+    threshold: float = 0.5,
+    samples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much better `a` is than `b`, predictions of the same images: a row per metric of `METRICS`.
+
+    Columns `value` (a's score minus b's), `low`, `high` (95 %) and `resamples`. The interval is that of the
+    difference: each resample draws patients, and scores both on them, so what is easy or hard about the
+    images falls out. `level`: "image" or "study". Order of rows does not matter (chapters 5, 6 and 9).
+
+    Raises PredictionsError: other images or labels in `a` than in `b`, an unknown level, and as
+    `image_report` and `study_report`.
+    """
+    if level not in ("image", "study"):
+        raise PredictionsError(f"level must be 'image' or 'study', not {level!r}.")
+    key, prepare = ("path", check) if level == "image" else ("study", study_predictions)
+    a, b = (prepare(table).sort_values(key, ignore_index=True) for table in (a, b))
+    same = [key, "patient", "label"]
+    if not (len(a) == len(b) and a[same].equals(b[same].astype(a[same].dtypes))):
+        raise PredictionsError(
+            f"The predictions are not of the same {len(a)} and {len(b)} {level}s with the same labels: a "
+            "paired comparison needs both models on the same test set."
+        )
+    patients, patient = np.unique(a["patient"].to_numpy(), return_inverse=True)
+    scorers = [
+        _Scorer(a["label"].to_numpy(), t["probability"].to_numpy(), patient, threshold) for t in (a, b)
+    ]
+
+    def differences(weights: np.ndarray) -> dict[str, np.ndarray]:
+        ours, theirs = (scorer(weights) for scorer in scorers)
+        return {metric: ours[metric] - theirs[metric] for metric in METRICS}
+
+    summary = _intervals(differences, len(patients), len(a), samples, _generator(seed, "OVERALL"))
+    table = pd.DataFrame.from_dict(summary, orient="index", columns=["value", "low", "high", "resamples"])
+    table.attrs = {"level": level, "threshold": threshold, "samples": samples}
+    return table
+
+
 def format_report(report: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     """The report for a reader's eye: "0.75 [0.71, 0.79]" per metric, "undefined" where there is none.
 
@@ -173,19 +215,27 @@ def _generator(seed: int, part: str) -> np.random.Generator:
 def _summary(rows: pd.DataFrame, level: str, threshold: float, samples: int, rng) -> dict:
     patients, patient = np.unique(rows["patient"].to_numpy(), return_inverse=True)
     scorer = _Scorer(rows["label"].to_numpy(), rows["probability"].to_numpy(), patient, threshold)
-    value = {metric: v[0] for metric, v in scorer(np.ones((1, len(patients)))).items()}
-    blocks = [scorer(weights) for weights in _resample(len(patients), len(rows), samples, rng)]
     counts = (level, len(rows), len(patients), int(rows["label"].sum()))
     summary = {(column, ""): count for column, count in zip(COUNTS, counts, strict=True)}
+    for metric, found in _intervals(scorer, len(patients), len(rows), samples, rng).items():
+        names = ("value", "low", "high", "resamples")
+        summary |= {(metric, name): number for name, number in zip(names, found, strict=True)}
+    return summary
+
+
+def _intervals(score: Callable, patients: int, rows: int, samples: int, rng) -> dict[str, tuple]:
+    """By metric: the value, the ends of its 95 % interval, and from how many resamples they come."""
+    value = {metric: v[0] for metric, v in score(np.ones((1, patients))).items()}
+    blocks = [score(weights) for weights in _resample(patients, rows, samples, rng)]
+    found = {}
     for metric in METRICS:
         drawn = np.concatenate([block[metric] for block in blocks]) if blocks else np.empty(0)
         drawn = drawn[~np.isnan(drawn)]
         # Without a value there is nothing for an interval to be around.
         defined = len(drawn) > 0 and not np.isnan(value[metric])
         low, high = np.percentile(drawn, [2.5, 97.5]) if defined else (np.nan, np.nan)
-        summary |= {(metric, "value"): value[metric], (metric, "low"): low, (metric, "high"): high}
-        summary[metric, "resamples"] = len(drawn)
-    return summary
+        found[metric] = (value[metric], low, high, len(drawn))
+    return found
 
 
 def _resample(patients: int, rows: int, samples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
