@@ -1,17 +1,19 @@
 """The Keras half's models, its kappa metric, and a training loop that survives a kill.
 
 Imports Keras, so import this module only where Keras is wanted; writes only below the `workdir` it is given.
-Chapter 6 explains the funnel CNNs and the metrics, the setup chapter how an interrupted training goes on.
+Chapter 5 explains transfer learning, chapter 6 the funnel CNNs and the metrics, the setup chapter how an
+interrupted training goes on. Backbones and their weights stand in `mura_course.backbones`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
+from . import backbones
 from .errors import MuraError
+from .profiles import Profile
 from .runs import duration, written
 
 FILTERS = {"in": "halved", "out": "doubled"}
@@ -72,6 +76,79 @@ def funnel_cnn(
     return model
 
 
+def transfer_model(
+    backbone: str,
+    trainable: bool = False,
+    dense_units: Sequence[int] = (),
+    size: int | None = None,
+    weights: str = "imagenet",
+    dropout: float = 0.2,
+) -> keras.Model:
+    """One of the models of KL 1.5, Table 3: a pretrained backbone, max pooling, dense layers, one sigmoid.
+
+    backbone: "DenseNet201", "ResNet50" (the report's) or "EfficientNetLite0". trainable: whether its weights
+    are trained; BatchNorm stays frozen in any case. dense_units: (), or the report's (128, 128,
+    64). size: side of the images in pixels, by default the report's (224; ResNet50 256). weights: "imagenet"
+    or "random", see `backbones.find_weights`. dropout: after the backbone and after each dense layer.
+
+    Input: float32 (batch, size, size, 3) in 0..255, which the model scales as its backbone expects, and says
+    so as `model.expected_scale`. Output: P(abnormal), float32 (batch, 1). Layers: Input, Scale, the backbone
+    by its name, Head. Raises backbones.BackboneError and backbones.WeightsError.
+    """
+    extractor = backbones.extractor(backbone, size, weights, trainable)
+    return with_head(extractor, transfer_head(extractor.output_shape[1], dense_units, dropout))
+
+
+def transfer_head(features: int, dense_units: Sequence[int] = (), dropout: float = 0.2) -> keras.Sequential:
+    """What `transfer_model` puts on a backbone: (batch, features) -> P(abnormal), float32 (batch, 1)."""
+    head = keras.Sequential([keras.Input((features,)), layers.Dropout(dropout)], name="Head")
+    for units in dense_units:
+        head.add(layers.Dense(units, activation="relu"))
+        head.add(layers.Dropout(dropout))
+    head.add(layers.Dense(1, activation="sigmoid", dtype="float32"))
+    return head
+
+
+def with_head(extractor: keras.Model, head: keras.Model) -> keras.Model:
+    """A backbone (`backbones.extractor`) and a head, each with the weights it has, as one model."""
+    model = keras.Model(
+        extractor.input, head(extractor.output), name=extractor.name.replace("features", "transfer")
+    )
+    model.expected_scale = extractor.expected_scale
+    return model
+
+
+@keras.saving.register_keras_serializable(package="mura_course")
+class FusedAdam(keras.optimizers.Adam):
+    """Keras's Adam, each variable updated by one operation of TensorFlow instead of some thirty.
+
+    The numbers are Adam's. But before the first step every operation is traced, and DenseNet201 has 604
+    variables: its updates take longer to trace than the network (chapter 5). On several devices, and with
+    another backend than TensorFlow, Keras's own updates are used.
+    """
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        fused = keras.backend.backend() == "tensorflow" and not self.amsgrad
+        if not fused or self._distribution_strategy.num_replicas_in_sync > 1:
+            return super()._backend_update_step(grads, trainable_variables, learning_rate)
+        import tensorflow as tf
+
+        step = tf.cast(self.iterations + 1, "float32")
+        scalars = {
+            "beta1_power": tf.pow(float(self.beta_1), step),
+            "beta2_power": tf.pow(float(self.beta_2), step),
+            "lr": tf.cast(learning_rate, "float32"),
+            "beta1": tf.constant(self.beta_1, "float32"),
+            "beta2": tf.constant(self.beta_2, "float32"),
+            "epsilon": tf.constant(self.epsilon, "float32"),
+        }
+        for grad, variable in zip(grads, trainable_variables, strict=True):
+            place = self._get_variable_index(variable)
+            handles = [v.value.handle for v in (variable, self._momentums[place], self._velocities[place])]
+            names = ("var", "m", "v")
+            tf.raw_ops.ResourceApplyAdam(**dict(zip(names, handles, strict=True)), grad=grad, **scalars)
+
+
 @keras.saving.register_keras_serializable(package="mura_course")
 class BinaryCohenKappa(keras.metrics.Metric):
     """Cohen's kappa of labels and probabilities > threshold, over all batches since the last reset.
@@ -120,6 +197,37 @@ def abnormality_metrics() -> list[keras.metrics.Metric]:
     ]
 
 
+@contextlib.contextmanager
+def on_devices(profile: Profile, names: Sequence[str] | None = None) -> Iterator[None]:
+    """Models made and compiled inside use this machine's GPUs as the profile says; without GPUs, no change.
+
+    With `profile.all_gpus` and two GPUs or more, a model is mirrored on all of them and each batch shared out
+    (tf.distribute.MirroredStrategy); `keras_fit` and `predict` may then be called inside or outside. With
+    `profile.mixed_precision`, layers compute in float16 and keep float32 weights. names: devices to mirror on
+    instead, e.g. ["CPU:0", "CPU:1"]. (Chapters 5 and 6.)
+    """
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    gpus = [
+        device.name.removeprefix("/physical_device:") for device in tf.config.list_physical_devices("GPU")
+    ]
+    names = names or (gpus if profile.all_gpus else [])
+    scope = (
+        tf.distribute.MirroredStrategy(list(names)).scope() if len(names) > 1 else contextlib.nullcontext()
+    )
+    policy = keras.config.dtype_policy()
+    if gpus and profile.mixed_precision:
+        keras.config.set_dtype_policy("mixed_float16")
+    try:
+        with scope:
+            yield
+    finally:
+        keras.config.set_dtype_policy(policy)
+
+
 def load(path: str | Path, expected_scale: str | None) -> keras.Model:
     """A model saved by a run, with the input scale that it expects (Keras does not save that)."""
     model = keras.saving.load_model(path)
@@ -134,8 +242,8 @@ def predict(model: keras.Model, batches, rows: pd.DataFrame | None = None) -> pd
     Raises TrainingError where there are more or fewer rows than predictions.
     """
     rows = batches.index.iloc[batches.order] if rows is None else rows
-    source = _as_keras(model, batches, "data to predict")
-    probability = model.predict(source, verbose=0).reshape(-1).astype(float)
+    source = _FullBatches(_as_keras(model, batches, "data to predict"))
+    probability = model.predict(source, verbose=0).reshape(-1).astype(float)[: source.count]
     if len(probability) != len(rows):
         raise TrainingError(
             f"{len(probability)} predictions for {len(rows)} rows: drop no batch, pass its rows."
@@ -203,6 +311,23 @@ def _as_keras(model: keras.Model, batches, what: str):
         # batches away from the first epoch.
         dataset.workers = 1
     return dataset
+
+
+class _FullBatches(keras.utils.PyDataset):
+    """Batches to predict, the last one filled up: one of another size would be traced anew, which is slow."""
+
+    def __init__(self, dataset):
+        super().__init__(workers=dataset.workers, max_queue_size=dataset.max_queue_size)
+        self.dataset = dataset
+        self.first, last = len(dataset[0][0]), len(dataset[len(dataset) - 1][0])
+        self.count = self.first * (len(dataset) - 1) + last
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int):
+        x = self.dataset[i][0]
+        return (np.concatenate([x, np.zeros((self.first - len(x), *x.shape[1:]), x.dtype)]),)
 
 
 class _Keeper(keras.callbacks.Callback):
@@ -328,9 +453,17 @@ def _rate(model: keras.Model) -> float:
 
 
 def _split_state(callback) -> tuple[dict, dict[str, np.ndarray]]:
-    """A callback's plain attributes, and its arrays and lists of arrays as {"name/position": array}."""
+    """A callback's plain attributes, and its arrays and lists of arrays as {"name/position": array}.
+
+    Without what it was made with: Keras turns the sign of `min_delta` in each `fit` that minimises.
+    """
     plain, arrays = {}, {}
+    made_with = {
+        name for kind in type(callback).__mro__ for name in inspect.signature(kind.__init__).parameters
+    }
     for key, value in vars(callback).items():
+        if key in made_with:
+            continue
         if isinstance(value, np.generic):
             value = value.item()
         if value is None or isinstance(value, (bool, int, float, str)):

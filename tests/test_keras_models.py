@@ -303,6 +303,7 @@ def assert_killed_equals_undisturbed(folder):
     assert not list((folder / "killed").glob("*/*/*.partial"))
 
 
+@pytest.mark.processes
 def test_killed_at_random_moments_it_ends_the_same(tmp_path):
     code = f"import test_keras_models as t; t.kill_at_random(t.Path({str(tmp_path)!r}), kills=1, seed=0)"
     here = Path(__file__).parent

@@ -54,10 +54,7 @@ def test_smoke_is_nowhere_bigger_than_demo_nor_demo_than_full():
     assert "demo_studies" in sizes
     for name in sizes:
         smoke, demo, full = (getattr(profiles.get(profile), name) for profile in profiles.NAMES)
-        if name == "cnn_epochs":  # the demo's narrow network makes up for its size with more epochs
-            assert 0 < smoke <= full <= demo
-        else:
-            assert 0 < smoke <= demo <= full, name
+        assert 0 < smoke <= demo <= full, name
 
 
 def test_a_profile_cannot_be_changed():
