@@ -22,7 +22,10 @@ STUDIES = (
 
 
 # Whoever starts the longest file last waits for it alone: they go first where files run side by side.
-LONGEST = ("test_keras_models", "test_text_removal", "test_radiographs", "test_pixels", "test_integrity")
+LONGEST = (
+    *("test_keras_transfer", "test_text_removal", "test_radiographs", "test_keras_models"),
+    *("test_pixels", "test_tuning", "test_integrity"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
