@@ -123,7 +123,7 @@ class FusedAdam(keras.optimizers.Adam):
     """Keras's Adam, each variable updated by one operation of TensorFlow instead of some thirty.
 
     The numbers are Adam's. But before the first step every operation is traced, and DenseNet201 has 604
-    variables: its updates take longer to trace than the network (chapter 5). On several devices, and with
+    variables: its updates take longer to trace than the network. On several devices, and with
     another backend than TensorFlow, Keras's own updates are used.
     """
 

@@ -2,7 +2,7 @@
 
 Pure functions on DataFrames: reads no files, writes none, imports no deep-learning framework. A
 radiologist reads a *study*, a network reads an *image*; a report says which of the two its numbers are about.
-Chapter 10 explains both levels and the bootstrap; every chapter that trains uses the reports.
+Chapter 1 explains both levels, chapter 6 the bootstrap; every chapter that trains uses the reports.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def paired_difference(
 
     Columns `value` (a's score minus b's), `low`, `high` (95 %) and `resamples`. The interval is that of the
     difference: each resample draws patients, and scores both on them, so what is easy or hard about the
-    images falls out. `level`: "image" or "study". Order of rows does not matter (chapters 5, 6 and 9).
+    images falls out. `level`: "image" or "study". Order of rows does not matter (chapter 6).
 
     Raises PredictionsError: other images or labels in `a` than in `b`, an unknown level, and as
     `image_report` and `study_report`.
