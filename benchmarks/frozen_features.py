@@ -3,10 +3,10 @@
     python benchmarks/frozen_features.py [--backbone EfficientNetLite0] [--size 224] [--films N] [--epochs N]
 
 Both train KL's head (dropout and one output, KL 1.5) on the same films in the same order, with a development
-set of a tenth, from an empty folder of features, in one process, in turns (`--rounds`), by default at the report's size. The seconds hold all
-that a user waits for: building and tracing the model, the pass over the films, the epochs. Random weights
-where the backbone's cannot be had: that changes no time. Prints the ratio of the medians, and how far the two
-ways' predictions lie apart. Writes nothing but a temporary folder.
+set of a tenth, from an empty folder of features, in one process, in turns (`--rounds`), by default at the
+report's size. The seconds hold all that a user waits for: building and tracing the model, the pass over the
+films, the epochs. Random weights where the backbone's cannot be had: that changes no time. Prints the ratio
+of the medians, and how far the two ways' predictions lie apart. Writes nothing but a temporary folder.
 """
 
 import argparse
