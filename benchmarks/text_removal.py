@@ -74,8 +74,8 @@ def main() -> None:
             seconds += time.perf_counter() - began
             scores.append(text_scores.score(film, found, clean))
         summary = text_scores.summary(pd.DataFrame(scores))
-        table[name] = summary.apply(lambda r: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]", axis=1)
-        table[name]["films"], table[name]["seconds a film"] = len(films), round(seconds / len(films), 4)
+        table[name] = summary.apply(lambda r: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]", axis=1).to_dict()
+        table[name] |= {"films": str(len(films)), "seconds a film": f"{seconds / len(films):.4f}"}
         print(f"{name}: {seconds / len(films):.3f} s a film")
     table = pd.DataFrame(table).rename_axis(
         f"{index.attrs['name']}, test films, 95 % intervals over patients"
