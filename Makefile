@@ -52,8 +52,8 @@ book: $(INSTALLED)
 # cell that hangs: in profile smoke a cell takes seconds.
 test: export MURA_PROFILE = smoke
 test: $(INSTALLED)
-	$(PY) -m pytest -m "not processes" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
-	$(PY) -m pytest -m processes -n 2 --durations=5
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+	$(PY) -m pytest -m slow -n 2 --durations=5
 	$(PY) -c "from mura_course import chapter; chapter.start()"
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 	  -n 2 --dist loadscope --durations=10 --durations-min=5 book/*.ipynb

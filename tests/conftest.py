@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # (split folder, body part, patient, study, positive, number of views): some patients have several studies
 # and several parts, with mixed labels; patients of train and valid differ, as in MURA.
@@ -20,6 +21,10 @@ STUDIES = (
     ("valid", "HAND", 22, 1, False, 1),
 )
 
+
+# Hypothesis' own limit of time per example would be a timed test, which a busy machine fails.
+settings.register_profile("book", deadline=None)
+settings.load_profile("book")
 
 # Whoever starts the longest file last waits for it alone: they go first where files run side by side.
 LONGEST = (

@@ -303,7 +303,7 @@ def assert_killed_equals_undisturbed(folder):
     assert not list((folder / "killed").glob("*/*/*.partial"))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_the_same(tmp_path):
     code = f"import test_keras_models as t; t.kill_at_random(t.Path({str(tmp_path)!r}), kills=1, seed=0)"
     here = Path(__file__).parent
@@ -347,6 +347,7 @@ def restored(workdir, model):
     return keeper.epoch
 
 
+@pytest.mark.slow
 def test_interrupted_and_damaged_it_still_ends_the_same(tmp_path, capsys):
     expected_model, expected = fit_here(tmp_path / "whole")
     workdir = tmp_path / "stopped"

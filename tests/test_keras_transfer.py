@@ -174,7 +174,7 @@ def test_the_weights_are_the_files_that_keras_itself_would_load():
 # EfficientNet-Lite0 ---------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_twin_equals_its_pytorch_original(beside):
     file, folder = backbones.weights_file("EfficientNetLite0"), beside("pytorch")
     for side in (64, 224):
@@ -512,6 +512,7 @@ def test_other_weights_have_other_features_and_misuse_is_refused(tiny, films, st
         compute(tiny_extractor(), store, films, tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_training_on_features_is_training_the_frozen_model(tiny, films, store, tmp_path):
     extractor = tiny_extractor()
     features = compute(extractor, store, films, tmp_path)
@@ -561,6 +562,7 @@ def test_a_variant_is_trained_once_and_its_model_is_the_whole_network(tiny, film
     np.testing.assert_allclose(found[expected.index], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_variant_interrupted_in_training_ends_the_same(tiny, films, tmp_path, monkeypatch):
     """Early stopping's best kappa and weights, and the reduced rate, go on where they were."""
     import tensorflow as tf
@@ -609,6 +611,7 @@ def test_fewer_patients_are_whole_patients_and_the_test_set_stays(films):
         assert set(keras_transfer.learning_images(mixed, share)["path"]) == set(kept["path"])
 
 
+@pytest.mark.slow
 def test_other_data_an_empty_split_and_damage_are_met_with_an_error(tiny, films, tmp_path):
     variant = keras_transfer.Variant("ResNet50")
     made = run(variant, films, tmp_path)
@@ -729,7 +732,7 @@ class Images(keras.utils.PyDataset):
         return self.x[8 * i : 8 * i + 8].copy(), self.y[8 * i : 8 * i + 8].copy()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_two_devices_give_the_metrics_of_one_also_when_resumed(beside):
     found = json.loads((beside("devices") / "devices.json").read_text())
     assert [found[name]["replicas"] for name in ("one", "two", "cut")] == [1, 2, 2]

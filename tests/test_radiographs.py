@@ -347,7 +347,7 @@ def test_text_free_twin_differs_only_in_the_text(small):
     assert not differs.any()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_and_continued_with_other_workers_it_writes_the_same_bytes(small, tmp_path):
     code = (
         "from mura_course.radiographs.dataset import write_demo; from pathlib import Path; import sys;"

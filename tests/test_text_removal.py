@@ -310,7 +310,7 @@ def test_a_folder_that_cannot_be_written_gives_one_error(dataset, tmp_path, caps
     assert "no detector 'x'" in capsys.readouterr().err
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_half_way_it_continues_and_leaves_no_process(dataset, tmp_path):
     expected = tmp_path / "expected"
     tr.clean_dataset(dataset, expected, "strokes", progress=False)
@@ -480,7 +480,7 @@ def keras_module(detector):
     return tensorflow.keras.Model.__module__
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_keras_ocr_runs_beside_keras_3(tmp_path, monkeypatch):
     """With weights of the right shape: there are no trained ones to test with."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))

@@ -191,7 +191,7 @@ tuning.main()
 """
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_two_workers_share_a_search(split, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
