@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from keras import layers
 from . import backbones
 from .errors import MuraError
 from .profiles import Profile
+from .progress import Line
 from .runs import duration, written
 
 FILTERS = {"in": "halved", "out": "doubled"}
@@ -490,51 +490,32 @@ def _check_finite(loss: float, epoch: int, model: keras.Model):
 
 
 class _Progress(keras.callbacks.Callback):
-    """One line that is updated where someone watches, and that a built page keeps as it was last.
-
-    In a notebook the line is a display that is replaced; in a terminal it is overwritten; elsewhere, in a
-    log, there is one line per epoch. Also stops at the first loss that is not a number.
-    """
+    """Says how far the training is, and stops at the first loss that is not a number."""
 
     def __init__(self, keeper: _Keeper, epochs: int):
         super().__init__()
         self.keeper, self.epochs = keeper, epochs
-        self.handle, self.shown = None, 0.0
 
     def on_train_begin(self, logs=None):
-        self.start = time.perf_counter()
-        ipython = sys.modules.get("IPython")
-        if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
-            self.handle = ipython.display.display({"text/plain": "Training"}, raw=True, display_id=True)
+        self.line, self.start = Line(), time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.current = epoch
 
     def on_train_batch_end(self, batch, logs=None):
         _check_finite((logs or {}).get("loss", 0.0), self.current, self.model)
-        now = time.perf_counter()
-        if now - self.shown > 0.5 and (self.handle or sys.stdout.isatty()):
-            self.shown = now
-            self._show(
-                f"Epoch {self.current + 1}/{self.epochs}, batch {batch + 1}/{self.params['steps']}", logs
-            )
+        place = f"Epoch {self.current + 1}/{self.epochs}, batch {batch + 1}/{self.params['steps']}"
+        self.line.passing(_with_scores(place, logs))
 
     def on_epoch_end(self, epoch, logs=None):
-        if not self.handle:
-            self._show(f"Epoch {epoch + 1}/{self.epochs}", logs, end="\n")
+        self.line.lasting(_with_scores(f"Epoch {epoch + 1}/{self.epochs}", logs))
 
     def on_train_end(self, logs=None):
-        if self.handle:
-            taken = duration(time.perf_counter() - self.start)
-            self._show(f"Trained {len(self.keeper.history)} of {self.epochs} epochs in {taken}", logs)
+        taken = duration(time.perf_counter() - self.start)
+        ended = f"Trained {len(self.keeper.history)} of {self.epochs} epochs in {taken}"
+        self.line.end(_with_scores(ended, logs))
 
-    def _show(self, text: str, logs, end: str = ""):
-        scores = [
-            f"{key} {value:.3f}" for key, value in (logs or {}).items() if "loss" in key or "auc" in key
-        ]
-        text = ", ".join([text, *scores])
-        if self.handle:
-            self.handle.update({"text/plain": text}, raw=True)
-        else:
-            start = "\r\033[K" if sys.stdout.isatty() else ""
-            print(f"{start}{text}", end=end, flush=True)
+
+def _with_scores(text: str, logs: dict | None) -> str:
+    scores = [f"{key} {value:.3f}" for key, value in (logs or {}).items() if "loss" in key or "auc" in key]
+    return ", ".join([text, *scores])

@@ -66,23 +66,17 @@ class Run:
         return self.folder / self.info["model"] if self.info["model"] else None
 
     def load_model(self, into=None):
-        """The trained model: a Keras model, or the torch module `into`, filled with the run's weights.
+        """The trained model: a Keras model, a model of `torch_models`, or any torch module `into`, filled.
 
-        Raises RunError where the file is not what the run wrote, or is no model of this framework version.
+        Raises RunError where the file is not what the run wrote, is no model of this framework version, or is
+        of another model than `into`.
         """
         if self.model_path is None:
             raise RunError(f"The run {self.folder} has no saved model.")
         _verify(self.folder, self.info, self.model_path.name)
-        if self.model_path.suffix == ".pt" and into is None:
-            raise RunError(
-                f"{self.model_path} holds weights only: load_model(into=<a module like the run's>)."
-            )
+        if self.model_path.suffix == ".pt":
+            return self._fill(into)
         try:
-            if self.model_path.suffix == ".pt":
-                import torch
-
-                into.load_state_dict(torch.load(self.model_path, map_location="cpu", weights_only=True))
-                return into
             from . import keras_models
 
             return keras_models.load(self.model_path, self.info["expected_scale"])
@@ -91,6 +85,28 @@ class Run:
                 f"{self.model_path} is whole but cannot be loaded with the libraries installed here (it was "
                 f"saved with {self.info['versions']}): {error}. Delete {self.folder} to train it again."
             ) from error
+
+    def _fill(self, module):
+        import torch
+
+        if module is None and not self.info.get("architecture"):
+            raise RunError(
+                f"{self.model_path} holds weights only: load_model(into=<a module like the run's>)."
+            )
+        if module is None:
+            from . import torch_models
+
+            module = torch_models.build(self.info["architecture"])
+        try:
+            module.load_state_dict(torch.load(self.model_path, map_location="cpu", weights_only=True))
+        except (RuntimeError, ValueError) as error:
+            raise RunError(
+                f"{self.model_path} is whole, but of another model than this {type(module).__name__}, or of "
+                f"other libraries (it was saved with {self.info['versions']}): "
+                f"{' '.join(str(error).split())[:300]}. Load it into a module like the run's, or delete "
+                f"{self.folder} to train it again."
+            ) from error
+        return module
 
     def describe(self) -> str:
         """One sentence for a chapter: trained now or earlier, on which data, from which weights, how long."""
@@ -135,12 +151,15 @@ def fit_or_load(
     folder, made = _folder(identity, root), False
     with _disk(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_first_process() and not (folder / "run.json").exists():
+        made = _take_part(folder, fit)
     if not (folder / "run.json").exists():
         with _lock(_beside(folder, ".lock"), f"Another process is making the run {name}; waiting for it."):
             if not (folder / "run.json").exists():  # unless the process that we waited for has made it
                 _make(folder, identity, fit, profile.bootstrap_samples)
                 made = True
-    shutil.rmtree(_beside(folder, ".partial"), ignore_errors=True)  # a kill after the renaming leaves it
+    if is_first_process():
+        shutil.rmtree(_beside(folder, ".partial"), ignore_errors=True)  # a kill after the renaming leaves it
     return _load(folder, identity, was_trained_now=made)
 
 
@@ -211,6 +230,28 @@ def written(path: Path) -> Iterator[Path]:
     with _disk(path):
         yield beside
         os.replace(beside, path)
+
+
+def is_first_process() -> bool:
+    """False in the second and further processes of one distributed training (torch's DDP), which share a run.
+
+    Lightning, torchrun and Slurm say in the environment which one a process is.
+    """
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return not any(os.environ.get(name, "0").strip("0") for name in ranks)
+
+
+def _take_part(folder: Path, fit: Callable) -> bool:
+    """Train along with the first process, which holds the lock and writes; wait until it has written."""
+    workdir = _beside(folder, ".partial")
+    with _disk(folder):
+        workdir.mkdir(exist_ok=True)
+    fit(workdir)
+    while not (folder / "run.json").exists():
+        if not _beside(folder, ".lock").exists():
+            raise RunError(f"The first process has left no lock beside {folder}: it trains another run.")
+        time.sleep(0.1)
+    return True
 
 
 # What a run is called and where it lies ---------------------------------------------------------
@@ -287,6 +328,7 @@ def _make(folder: Path, identity: dict, fit: Callable, samples: int) -> None:
         "seconds": round(max(wall, float(history["seconds"].sum()) if "seconds" in history else 0.0), 3),
         "epochs": len(history),
         "expected_scale": getattr(model, "expected_scale", None),
+        "architecture": getattr(model, "architecture", None),
         "metrics": _scores(predictions, samples),
     }
     _write(folder, info, model, history, predictions)

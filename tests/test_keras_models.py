@@ -1,13 +1,8 @@
 """keras_models.py: the report's architectures, kappa against scikit-learn, training killed at random."""
 
-import json
 import os
-import random
-import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +10,7 @@ import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 keras = pytest.importorskip("keras")
+import killing  # noqa: E402
 from sklearn.metrics import cohen_kappa_score  # noqa: E402
 
 from mura_course import keras_models, profiles, runs  # noqa: E402
@@ -227,91 +223,20 @@ def one_run(root, pause=0.0):
     return runs.fit_or_load("tiny", {"epochs": EPOCHS}, fit, index, profiles.get("smoke"), root=root)
 
 
-def kill_at_random(folder, kills, seed):
-    """Make one run undisturbed and one that is killed `kills` times; print the epochs done at each kill.
-
-    Each attempt is a fork of this process, which has imported TensorFlow but not started it.
-    """
-    rng = random.Random(seed)
-    one_run_in_fork(folder / "undisturbed").wait()
-    partial = folder / "killed/MURA-demo-*/smoke/*.partial/epoch-*.npz"
-    happened = []
-    while len(happened) < kills:
-        process = one_run_in_fork(folder / "killed", pause=0.01)
-        epochs = rng.randint(0, 3)  # more than the last time
-        target = len_epochs(partial) + epochs
-        while process.alive() and len_epochs(partial) < target:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15))
-        if not process.alive():
-            break
-        process.kill()
-        happened.append(len_epochs(partial))
-        finished = list((folder / "killed").glob("*/*/tiny-????????/run.json"))
-        for file in finished:
-            runs.load(file.parent)
-    one_run_in_fork(folder / "killed").wait()
-    print(json.dumps(happened))
-
-
-def len_epochs(pattern):
-    root = Path(str(pattern).split("*")[0]).parent
-    files = root.glob(str(Path(pattern).relative_to(root)))
+def epochs_done(root):
+    files = root.glob("MURA-demo-*/smoke/*.partial/epoch-*.npz")
     return max((int(file.stem.split("-")[1]) for file in files), default=0)
-
-
-class one_run_in_fork:
-    def __init__(self, root, pause=0.0):
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                sys.stdout = open(os.devnull, "w")
-                one_run(root, pause)
-                code = 0
-            finally:
-                os._exit(code)
-        self.code = None
-
-    def alive(self):
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = status if pid else None
-        return self.code is None
-
-    def wait(self):
-        _, status = os.waitpid(self.pid, 0)
-        assert status == 0, f"the run ended with status {status}"
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-
-def assert_killed_equals_undisturbed(folder):
-    (undisturbed,), (killed,) = (
-        [*(folder / name).glob("*/*/tiny-????????")] for name in ("undisturbed", "killed")
-    )
-    a, b = runs.load(undisturbed), runs.load(killed)
-    assert a.history["learning_rate"].nunique() > 1 and len(a.history) < EPOCHS  # else nothing was tested
-    pd.testing.assert_frame_equal(
-        a.history.drop(columns="seconds"), b.history.drop(columns="seconds"), check_exact=True
-    )
-    pd.testing.assert_frame_equal(a.predictions, b.predictions, check_exact=True)
-    for x, y in zip(a.load_model().get_weights(), b.load_model().get_weights(), strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert not list((folder / "killed").glob("*/*/*.partial"))
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_the_same(tmp_path):
-    code = f"import test_keras_models as t; t.kill_at_random(t.Path({str(tmp_path)!r}), kills=1, seed=0)"
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout.splitlines()[-1])) >= 1
-    assert_killed_equals_undisturbed(tmp_path)
+    happened = killing.in_a_process(
+        "import killing, test_keras_models as t; "
+        f"killing.kill_at_random(t.one_run, t.epochs_done, killing.Path({str(tmp_path)!r}), kills=1, seed=0)"
+    )
+    assert len(happened) >= 1
+    run = killing.assert_killed_equals_undisturbed(tmp_path, lambda run: run.load_model().get_weights())
+    assert run.history["learning_rate"].nunique() > 1 and len(run.history) < EPOCHS  # else nothing was tested
 
 
 class Stops(Noise):
