@@ -51,6 +51,8 @@ book: $(INSTALLED)
 # The data are prepared once, before two notebooks at a time ask for them. The limit per cell is for a
 # cell that hangs: in profile smoke a cell takes seconds.
 test: export MURA_PROFILE = smoke
+# Two processes on two cores: with threads of their own, torch's would wait for one another.
+test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
 	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 	$(PY) -m pytest -m slow -n 2 --durations=5

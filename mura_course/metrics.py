@@ -150,6 +150,12 @@ def format_report(report: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     return shown
 
 
+def format_difference(differences: pd.DataFrame, metric: str = "auroc", digits: int = 3) -> str:
+    """A row of `paired_difference` for a reader's eye: "+0.041 [+0.001, +0.080]"."""
+    value, low, high = differences.loc[metric, ["value", "low", "high"]]
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def provenance_of(table: pd.DataFrame) -> dict:
     """What a table's attrs say about where it came from; a table cut from the index names its data `name`."""
     attrs = {"data": table.attrs["name"]} if "name" in table.attrs else {}

@@ -384,23 +384,24 @@ def kl_datasets(
     }
 
 
-def kn_datasets(index: pd.DataFrame, store: PixelStore, **options) -> dict[str, Batches]:
+def kn_datasets(
+    index: pd.DataFrame, store: PixelStore, needs_dev: bool = True, **options
+) -> dict[str, Batches]:
     """KN's datasets (KN 2.1): "train" (autocontrast and flip, each at 0.5), "validation", "test".
 
     RGB scaled by ImageNet's mean and std, channels first; the side is the store's, 256 px in the report.
-    index, options: as `kl_datasets`.
+    index, options: as `kl_datasets`. Without needs_dev, no "validation" where the index has no dev images.
     """
-    train, dev, test = _splits(index)
+    train, dev, test = _splits(index, needs_dev)
     options = {"scale": "imagenet", "layout": "nchw"} | options
-    return {
-        "train": Batches(store, train, shuffle=True, augment=KN_AUGMENT, **options),
-        "validation": Batches(store, dev, **options),
-        "test": Batches(store, test, **options),
-    }
+    sets = {"train": Batches(store, train, shuffle=True, augment=KN_AUGMENT, **options)}
+    if not dev.empty:
+        sets["validation"] = Batches(store, dev, **options)
+    return sets | {"test": Batches(store, test, **options)}
 
 
-def _splits(index: pd.DataFrame) -> list[pd.DataFrame]:
+def _splits(index: pd.DataFrame, needs_dev: bool = True) -> list[pd.DataFrame]:
     parts = [index[index["split"].eq(split)] for split in ("train", "dev", "test")]
-    if any(part.empty for part in parts):
+    if any(part.empty for part in (parts if needs_dev else parts[::2])):
         raise DataError("The index must hold train, dev and test images: call data.split_dev(index) first.")
     return parts

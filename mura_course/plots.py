@@ -75,16 +75,18 @@ def use_style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def provenance(info: Mapping, level: str | None = None) -> str:
+def provenance(info: Mapping, level: str | None = None, weights: bool = True) -> str:
     """What scores are about, e.g. "MURA-demo (synthetic films, not MURA) · image level · random weights".
 
     info: `Run.info`, or the `attrs` of a report, of predictions or of a history. What is not known is said.
+    weights: False where the figure itself says which.
     """
     data = info.get("data") or "data not stated"
     parts = [f"{data} (synthetic films, not MURA)" if info.get("is_demo") else data]
     level = level or info.get("level")
     parts += [f"{level} level"] if level else []
-    parts.append(f"{info['weights']} weights" if info.get("weights") else "weights not stated")
+    if weights:
+        parts.append(f"{info['weights']} weights" if info.get("weights") else "weights not stated")
     parts += [f"profile {info['profile']}"] if info.get("profile") else []
     return " · ".join(parts)
 
@@ -241,6 +243,35 @@ def interval_bars(report: pd.DataFrame | Mapping[str, pd.DataFrame], metric: str
         figure.legend(loc="outside upper right", ncols=len(reports))
     lines = dict.fromkeys(provenance(one.attrs) for one in reports.values())
     return _finished(figure, "\n".join(lines))
+
+
+@plt.rc_context(STYLE)
+def overall_bars(reports: Mapping[str, pd.DataFrame], metric: str = "auroc") -> Figure:
+    """One line per model: a metric over all body parts with its 95 % interval (chapters 5, 7-9).
+
+    reports: by name, of `metrics.image_report` or `study_report`, all of one level. Black: from ImageNet's
+    weights, grey: from others. Raises ValueError for an unknown metric.
+    """
+    if metric not in metrics.METRICS:
+        raise ValueError(f"metric must be one of {', '.join(metrics.METRICS)}, not {metric!r}.")
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(reports)))
+    for y, report in enumerate(reports.values()):
+        score = report.loc["OVERALL", metric]
+        colour = INK if report.attrs.get("weights") == "imagenet" else FAINT
+        axis.hlines(y, score["low"], score["high"], color=colour, linewidth=3)
+        axis.plot(score["value"], y, "o", color=colour, markersize=8)
+        text = metrics.format_report(report).loc["OVERALL", metrics.METRICS[metric]]
+        axis.text(1.02, y, text, transform=axis.get_yaxis_transform(), va="center")
+    axis.set_yticks(range(len(reports)), reports)
+    axis.set_ylim(len(reports) - 0.5, -0.5)
+    dotted = ""
+    if metric in CHANCE:
+        axis.axvline(CHANCE[metric], color=FAINT, linewidth=0.8, linestyle=":")
+        dotted = "; dotted: chance"
+    levels = {report.attrs["level"] for report in reports.values()}
+    axis.set_xlabel(f"{metrics.METRICS[metric]} on test, {', '.join(levels)} level, 95 % interval{dotted}")
+    about = dict.fromkeys(provenance(report.attrs, weights=False) for report in reports.values())
+    return _finished(figure, "\n".join(about))
 
 
 def _read(file: Path, root: Path) -> np.ndarray:

@@ -169,8 +169,8 @@ class TorchExtractor:
         self.digest = feature_store.digest_of(v.cpu().numpy() for v in module.state_dict().values())
 
     def __call__(self, x: np.ndarray, batch_size: int) -> np.ndarray:
-        self.module.eval()
-        x = torch.from_numpy(x).to(device_of(self.module)).contiguous(memory_format=torch.channels_last)
+        self.module.eval().to(accelerator())
+        x = torch.from_numpy(x).to(accelerator()).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             return self.module(x).float().cpu().numpy()
 
@@ -213,8 +213,8 @@ class ImageClassifier(nn.Module):
 def make_head(head: str, features: int, outputs: int) -> nn.Module:
     """KN's heads: "linear" (KN 3.1), or "two_linear", Linear(512, 512) + Linear(512, 1) (KN 3.2).
 
-    KN names no activation between its two linear layers, so there is none here, either (chapter 7).
-    (n, features) -> logits (n, outputs). Raises TorchModelError: another head.
+    KN names no activation between its two linear layers, so there is none here, either (chapter 7); the width
+    between them is 512 for any backbone. (n, features) -> logits (n, outputs). Raises TorchModelError.
     """
     one_of("head", head, HEADS)
     if head == "linear":
@@ -326,8 +326,9 @@ def build(architecture: dict) -> nn.Module:
         ) from error
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def accelerator() -> torch.device:
+    """The GPU where torch sees one, else the processor: where whatever is not trained is computed."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def one_of(what: str, value: str, known) -> str:

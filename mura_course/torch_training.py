@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 # First, for it sees to it that torch's companions load beside TensorFlow.
-from .torch_models import TorchModelError, device_of
+from .torch_models import TorchModelError, accelerator
 
 # isort: split
 import lightning
@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import classification
+from torchmetrics.utilities.data import dim_zero_cat
 
 from . import data, pixels
 from .progress import Line
@@ -120,12 +121,21 @@ def _both(y, target: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (y, None) if target == "label" else (None, y)
 
 
+class BinaryAUROC(classification.BinaryAUROC):
+    """TorchMetrics', but undefined (NaN), not 0, where all images are of one class."""
+
+    def compute(self) -> torch.Tensor:
+        if dim_zero_cat(self.target).unique().numel() < 2:
+            return torch.tensor(float("nan"))
+        return super().compute()
+
+
 def task_metrics(target: str) -> nn.ModuleDict:
     """What a training watches: as both reports for the label, as KN 3.3 for the body part."""
     parts = len(data.BODY_PARTS)
     of_label = {
         "accuracy": classification.BinaryAccuracy(),
-        "auc": classification.BinaryAUROC(),
+        "auc": BinaryAUROC(),
         "kappa": classification.BinaryCohenKappa(),
     }
     of_part = {
@@ -150,11 +160,11 @@ def predict(model: nn.Module, batches, target: str = "label") -> pd.DataFrame:
     probability. Raises DataError where the batches deliver another scale than the model expects.
     """
     _check_scale(model, batches)
-    rows, device, was_training = batches.index.iloc[batches.order], device_of(model), model.training
-    model.eval()
+    rows, was_training = batches.index.iloc[batches.order], model.training
+    model.eval().to(accelerator())
     with torch.inference_mode():
-        logits = torch.cat([model(x.to(device)).float().cpu() for x, _ in batches.torch()])
-    model.train(was_training)
+        logits = torch.cat([model(x.to(accelerator())).float().cpu() for x, _ in batches.torch()])
+    model.train(was_training).cpu()
     if target == "label":
         return rows.assign(probability=logits[:, 0].double().sigmoid().numpy())
     shares = logits[:, -len(data.BODY_PARTS) :].double().softmax(dim=1).numpy()
@@ -175,7 +185,7 @@ def torch_fit(
     dev,
     epochs: int,
     workdir: str | Path,
-    monitor: str = "val_accuracy",
+    monitor: str | None = "val_accuracy",
     patience: int = 4,
     **trainer_options,
 ) -> pd.DataFrame:
@@ -183,15 +193,18 @@ def torch_fit(
 
     train, dev: `pixels.Batches`, or `feature_store.FeatureBatches` for a head. monitor, patience: early
     stopping on the highest of this metric (KN 4: accuracy on dev, patience 4); at the end the model has the
-    weights of its epoch. workdir: after every epoch Lightning keeps all state there; the next call with the
-    same workdir goes on after the last finished epoch. trainer_options: of `lightning.Trainer`, e.g. devices,
-    num_nodes, strategy, precision; by default one device.
+    weights of its epoch. None: trained to the end, as it then is; dev may be None, too. workdir: after every
+    epoch Lightning keeps all state there; the next call with the same workdir goes on after the last finished
+    epoch. trainer_options: of `lightning.Trainer`, e.g. devices, num_nodes, strategy, precision; by default
+    one device.
 
     Returns columns `epoch` (from 1), the metrics, these with `val_` on dev, `learning_rate`, `seconds`.
     Raises TorchModelError: a loss that is not a number, a workdir of another model; DataError: the scale.
     """
-    for batches in (train, dev):
+    sets = [train] if dev is None else [train, dev]
+    for batches in sets:
         _check_scale(task.model, batches)
+    stopping = [EarlyStopping(monitor, mode="max", patience=patience)] if monitor else []
     keeper = _Keeper(Path(workdir), monitor, train, epochs)
     state, file = keeper.newest()
     if state is not None and not keeper.fits(task, file):
@@ -200,16 +213,19 @@ def torch_fit(
             f"start afresh, delete {workdir}."
         )
     if state is None or not (state["stopped"] or len(state["rows"]) >= epochs):
+        if state is not None:
+            print(f"Resumed after epoch {len(state['rows'])}.")
         with _quiet():
             trainer = lightning.Trainer(
                 max_epochs=epochs,
-                callbacks=[EarlyStopping(monitor, mode="max", patience=patience), keeper],
+                callbacks=[*stopping, keeper],
                 logger=CSVLogger(workdir, name="log"),
                 **DEFAULTS | trainer_options,
             )
-            loaders = [_Shares(batches, trainer).loader() for batches in (train, dev)]
+            loaders = [_Shares(batches, trainer).loader() for batches in sets]
             trainer.fit(task, *loaders, ckpt_path=file, weights_only=False)
-    else:  # killed after its last epoch
+    else:  # killed after its last epoch, or a first stage that another run has trained, too
+        print(f"Trained already: {len(state['rows'])} epochs.")
         keeper.rows = state["rows"]
     keeper.put_back_best(task)
     return pd.DataFrame(keeper.rows)
@@ -222,6 +238,7 @@ _EXPECTED = (
     ".*number of training batches.*",
     ".*eval mode at the start.*",
     ".*sync_dist.*",
+    ".*no .val_dataloader.*",
     ".*exists and is not empty.*",
     ".*treespec, LeafSpec.*",
 )
@@ -280,7 +297,7 @@ class _Keeper(ModelCheckpoint):
     Before each epoch it says to the training set which one it is: order and augmentation hang on that alone.
     """
 
-    def __init__(self, workdir: Path, monitor: str, train, epochs: int):
+    def __init__(self, workdir: Path, monitor: str | None, train, epochs: int):
         kept = {"save_on_train_epoch_end": True, "enable_version_counter": False}
         super().__init__(workdir, "best", monitor=monitor, mode="max", **kept)
         self.workdir, self.batches, self.epochs = workdir, train, epochs
@@ -310,7 +327,8 @@ class _Keeper(ModelCheckpoint):
             {"epoch": len(self.rows) + 1} | row | {"learning_rate": _rate(trainer), "seconds": seconds}
         )
         self.stopped = trainer.should_stop
-        scores = ", ".join(f"{name} {row[name]:.3f}" for name in ("loss", "val_loss", self.monitor))
+        shown = [name for name in ("loss", "val_loss", self.monitor) if name in row]
+        scores = ", ".join(f"{name} {row[name]:.3f}" for name in shown)
         self.line.lasting(f"Epoch {len(self.rows)}/{self.epochs}, {scores}")
         super().on_train_epoch_end(trainer, module)
         # Its own `save_last` would save only in epochs that are the best so far.
@@ -334,11 +352,10 @@ class _Keeper(ModelCheckpoint):
                 continue
             try:
                 state = _read(file)["callbacks"][self.state_key]
-            except (EOFError, OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            except _DAMAGE as error:
                 print(f"{file} is damaged ({error}): going back to an epoch before it.")
                 file.unlink(missing_ok=True)
                 continue
-            print(f"Resumed after epoch {len(state['rows'])}.")
             return state, file
         return None, None
 
@@ -347,7 +364,17 @@ class _Keeper(ModelCheckpoint):
         return stored == {name: value.shape for name, value in task.state_dict().items()}
 
     def put_back_best(self, task: Task) -> None:
-        task.load_state_dict(_read(self.workdir / "best.ckpt")["state_dict"])
+        file = self.workdir / "best.ckpt"
+        try:
+            task.load_state_dict(_read(file)["state_dict"])
+        except (*_DAMAGE, FileNotFoundError) as error:
+            raise TorchModelError(
+                f"{file}, with the weights of the best epoch, is missing or damaged ({error}). Delete "
+                f"{self.workdir} to train again."
+            ) from error
+
+
+_DAMAGE = (EOFError, OSError, RuntimeError, KeyError, pickle.UnpicklingError)
 
 
 def _read(file: Path) -> dict:

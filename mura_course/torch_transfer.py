@@ -3,7 +3,8 @@
 A stage trains a head on a frozen backbone's features, or the whole network; on the label, the body part, or
 both. `staged_run` trains the stages of a config one after the other and returns the run; chapter 7's models
 have one stage, the intermediate task of chapter 8 and the specialists of chapter 9 have two. Writes below
-`<cache folder>/features`, and where runs lie.
+`<cache folder>/features` and `<cache folder>/stages` (first stages that several runs begin with), and where
+runs lie.
 
     python -m mura_course.torch_transfer --devices 2 [--num-nodes N] [--backbone ResNet18]
 
@@ -25,9 +26,9 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from . import data, feature_store, pixels, profiles, runs, torch_models, torch_training
+from . import __version__, data, feature_store, pixels, profiles, runs, torch_models, torch_training
 from .profiles import Profile
-from .torch_models import ImageClassifier, TorchModelError
+from .torch_models import ImageClassifier, Routed, TorchModelError
 
 PATIENCE = 4  # KN 4
 MONITORS = {"label": "val_accuracy", "body_part": "val_f1", "both": "val_accuracy"}  # KN 4, KN 3.3
@@ -37,11 +38,13 @@ def stage(target: str = "label", head: str | None = "linear", frozen: bool = Tru
     """A stage of a config: what is learned, on which new head (None: the one that is there), frozen or not.
 
     settings: `rate` (Adam's), `epochs` or `steps` (at most; steps are rounded up to whole epochs), `patience`
-    (epochs without a better score on dev; default 4), `views` (frozen: augmented forms of each training image
-    whose features are kept; default 1), `lower` (unfrozen: the rate of each stage of the backbone is that of
-    the next one times this; default 1). Raises TorchModelError: a target, head or setting that there is not.
+    (epochs without a better score on dev, default 4; None: trained to the end), `views` (frozen: augmented
+    forms of each training image whose features are kept; default 1), `lower` (unfrozen: the rate of each
+    stage of the backbone is that of the next one times this; default 1), `share` (of the patients; default:
+    the config's). Raises TorchModelError: a target, head or setting that there is not.
     """
-    known = {"rate": None, "epochs": None, "steps": None, "patience": PATIENCE, "views": 1, "lower": 1.0}
+    known = {"rate": None, "epochs": None, "steps": None, "patience": PATIENCE}
+    known |= {"views": 1, "lower": 1.0, "share": None}
     for name in settings:
         torch_models.one_of("setting of a stage", name, known)
     torch_models.one_of("target", target, torch_training.TARGETS)
@@ -103,7 +106,6 @@ def train_stages(
     config: dict, split: pd.DataFrame, profile: Profile, weights: str, workdir: Path, **trainer_options
 ) -> tuple[ImageClassifier, pd.DataFrame, pd.DataFrame]:
     """(model, history, predictions) of a config's stages, each resumed from its own folder in `workdir`."""
-    films = learning_images(config, split)
     store = pixels.PixelStore.open_or_build(split, config["size"])
     module, model, histories = None, None, []
     for number, settings in enumerate(config["stages"], start=1):
@@ -118,13 +120,14 @@ def train_stages(
             raise TorchModelError("The first stage needs a head.")
         model.freeze(settings["frozen"])
         options = trainer_defaults(profile) | trainer_options
+        films = learning_images(config, split, settings)
         is_last = number == len(config["stages"])
         with _first_stages(config, number, films, weights) if not is_last else _folder(workdir) as folder:
             history = _train(model, settings, config, films, store, profile, folder, options)
         histories.append(history.assign(stage=number))
     history = pd.concat(histories, ignore_index=True)
     history["epoch"] = range(1, len(history) + 1)
-    return model, history, _predictions(model, config, films, store, profile)
+    return model.cpu(), history, _predictions(model, config, films, store, profile)
 
 
 _folder = contextlib.nullcontext
@@ -134,7 +137,8 @@ _folder = contextlib.nullcontext
 def _first_stages(config: dict, number: int, films: pd.DataFrame, weights: str) -> Iterator[Path]:
     """The folder of a stage that is not the last: where configs begin alike, it is trained once for all."""
     begun = config | {"stages": config["stages"][:number]}
-    key = json.dumps([begun, weights, films.attrs["name"], data.fingerprint(films)], sort_keys=True)
+    made_by = [__version__, torch.__version__]
+    key = json.dumps([begun, weights, films.attrs["name"], data.fingerprint(films), made_by], sort_keys=True)
     folder = data.cache_dir() / "stages" / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     # The other processes of one training come in together with the first.
@@ -142,22 +146,28 @@ def _first_stages(config: dict, number: int, films: pd.DataFrame, weights: str) 
         yield folder
 
 
-def learning_images(config: dict, split: pd.DataFrame) -> pd.DataFrame:
-    """The images of a config: its share of the patients, its body parts; TorchModelError where none can be
-    learned from, because a part or the whole has images of one class only."""
-    films = data.learning_images(split, config["share"])
+def learning_images(config: dict, split: pd.DataFrame, stage: dict | None = None) -> pd.DataFrame:
+    """The images of a config, or of one of its stages: its share of the patients, its body parts.
+
+    Raises TorchModelError where nothing can be learned: one class only in train, or an empty dev for early
+    stopping.
+    """
+    share = stage["share"] if stage is not None and stage["share"] is not None else config["share"]
+    films = data.learning_images(split, share)
     if config["parts"] is not None:
         for part in config["parts"]:
             torch_models.one_of("body part", part, data.BODY_PARTS)
         films = films[films["body_part"].isin(config["parts"])]
-    for name in ("train", "dev"):
-        found = films[films["split"].eq(name)]
-        if found["label"].nunique() < 2:
-            which = " and ".join(config["parts"] or ["the index"])
-            raise TorchModelError(
-                f"In {name}, {which} has {len(found)} images of {found['label'].nunique()} class: from one "
-                "class nothing can be learned. Take more patients (share), or another split."
-            )
+    which, remedy = " and ".join(config["parts"] or ["the index"]), "Take more patients, or another split."
+    train, dev = films[films["split"].eq("train")], films[films["split"].eq("dev")]
+    if (classes := train["label"].nunique()) < 2:
+        raise TorchModelError(
+            f"In train, {which} has {len(train)} images of {classes} class: from fewer than two nothing can "
+            f"be learned. {remedy}"
+        )
+    stages = config["stages"] if stage is None else [stage]
+    if dev.empty and any(one["patience"] is not None for one in stages):
+        raise TorchModelError(f"In dev, {which} has no image to stop by. {remedy} Or set patience=None.")
     return films
 
 
@@ -171,15 +181,17 @@ def _batches(config: dict, films: pd.DataFrame, store, profile: Profile, target:
     y = ("label", "body_part") if target == "both" else target
     options = {"batch_size": config["batch_size"], "seed": config["seed"], "workers": profile.workers}
     scale = torch_models.BACKBONES[config["backbone"]].scale
-    return pixels.kn_datasets(films, store, scale=scale, target=y, **options)
+    return pixels.kn_datasets(films, store, scale=scale, target=y, needs_dev=False, **options)
 
 
 def _train(model, settings, config, films, store, profile, workdir, options) -> pd.DataFrame:
     """Train one stage, a head on features where the backbone is frozen; the model keeps the best epoch."""
     sets = _batches(config, films, store, profile, settings["target"])
-    train, dev = sets["train"], sets["validation"]
+    train, dev = sets["train"], sets.get("validation")
     epochs = settings["epochs"] or -(-settings["steps"] // len(train))
-    chosen = {"monitor": MONITORS[settings["target"]], "patience": settings["patience"] or epochs, **options}
+    chosen = dict(options, monitor=None)
+    if settings["patience"] is not None:
+        chosen |= {"monitor": MONITORS[settings["target"]], "patience": settings["patience"]}
     if not settings["frozen"]:
         rates = layer_rates(model, settings["rate"], settings["lower"])
         task = torch_training.Task(model, rates, settings["target"])
@@ -191,10 +203,13 @@ def _train(model, settings, config, films, store, profile, workdir, options) -> 
 
 def frozen_features(model: ImageClassifier, name: str, train, dev, views: int) -> tuple:
     """(train, dev) with features in place of images: `views` of each augmented one, one of each other."""
-    options = {"workers": train.workers, "batch_size": train.batch_size}
+    options = {"workers": train.workers}
     extractor = torch_models.TorchExtractor(name, model.backbone)
+    train = feature_store.augmented(extractor, train, views, **options)
+    if dev is None:
+        return train, None
     plain = feature_store.FeatureStore.open_or_compute(extractor, dev.store, dev.index, **options)
-    return feature_store.augmented(extractor, train, views, **options), plain.batches(dev)
+    return train, plain.batches(dev)
 
 
 def layer_rates(model: ImageClassifier, rate: float, lower: float) -> float | list[tuple[nn.Module, float]]:
@@ -213,12 +228,86 @@ def layer_rates(model: ImageClassifier, rate: float, lower: float) -> float | li
 
 
 def _predictions(model, config, films, store, profile) -> pd.DataFrame:
+    """The test images with `probability`, a column for each body part, or both, as the model has outputs."""
     test = _batches(config, films, store, profile, "label")["test"]
-    found = torch_training.predict(model, test)
-    if model.architecture["outputs"] == torch_training.TARGETS["both"]:
-        parts = torch_training.predict(model, test, "body_part")[list(data.BODY_PARTS)]
-        found = found.join(parts)
-    return found
+    outputs = model.architecture["outputs"]
+    if outputs == torch_training.TARGETS["label"]:
+        return torch_training.predict(model, test)
+    parts = torch_training.predict(model, test, "body_part")
+    if outputs == torch_training.TARGETS["body_part"]:
+        return parts
+    return parts.assign(probability=torch_training.predict(model, test)["probability"])
+
+
+# Specialists and their router: chapter 9 -----------------------------------------------------------
+
+
+def specialist_config(profile: Profile, backbone: str, part: str | None = None) -> dict:
+    """The config of a specialist for one body part (KN 3.4), or, without a part, of one model for all.
+
+    Two linear layers on a frozen backbone, Adam at 1e-2, then further at 1e-3, for as many steps each; the
+    model for all takes the steps of all specialists together.
+    """
+    steps = profile.specialist_steps * (1 if part else len(data.BODY_PARTS))
+    settings = {"steps": steps, "patience": None, "views": profile.feature_views}
+    stages = [
+        stage("label", "two_linear", rate=1e-2, **settings),
+        stage("label", None, rate=1e-3, **settings),
+    ]
+    size, parts = profile.image_size_specialists, [part] if part else None
+    return config(backbone, stages, profile, share=1.0, size=size, parts=parts)
+
+
+def specialist_run(
+    split: pd.DataFrame,
+    profile: Profile,
+    backbone: str,
+    part: str | None = None,
+    weights: str | None = None,
+    root: str | os.PathLike | None = None,
+) -> runs.Run:
+    """The run of `specialist_config`, named e.g. "resnet18_humerus", or "resnet18_all_parts"."""
+    name = f"{backbone.lower()}_{part.lower() if part else 'all_parts'}"
+    return staged_run(name, specialist_config(profile, backbone, part), split, profile, weights, root)
+
+
+def routed_run(
+    split: pd.DataFrame,
+    profile: Profile,
+    backbone: str,
+    weights: str | None = None,
+    root: str | os.PathLike | None = None,
+) -> runs.Run:
+    """The system that KN 5 proposes, as one run: a router, trained here, and the runs of all specialists.
+
+    Its model is a `torch_models.Routed`; its history that of the router; its predictions are end to end, the
+    router's mistakes included, and bear what it says of each body part. Raises as `staged_run`.
+    """
+    weights = weights or torch_models.find_weights(backbone, profile)
+    settings = {"rate": profile.torch_rate, "epochs": profile.torch_epochs, "views": profile.feature_views}
+    router = config(
+        backbone,
+        [stage("body_part", "two_linear", **settings)],
+        profile,
+        share=1.0,
+        size=profile.image_size_specialists,
+    )
+    specialists = {part: specialist_config(profile, backbone, part) for part in data.BODY_PARTS}
+
+    def make(workdir: Path):
+        models = {
+            part: specialist_run(split, profile, backbone, part, weights, root).load_model()
+            for part in data.BODY_PARTS
+        }
+        picks, history, parts = train_stages(router, split, profile, weights, workdir)
+        system = Routed(picks, models)
+        store = pixels.PixelStore.open_or_build(split, router["size"])
+        test = _batches(router, learning_images(router, split), store, profile, "label")["test"]
+        said = torch_training.predict(system, test)["probability"]
+        return system, history, parts.assign(probability=said)
+
+    both = {"router": router, "specialists": specialists}
+    return runs.fit_or_load(f"{backbone.lower()}_routed", both, make, split, profile, weights, root)
 
 
 # Chapter 7's models ------------------------------------------------------------------------------
@@ -228,7 +317,8 @@ def resnet18_config(profile: Profile, head: str, frozen: bool = True, backbone: 
     """The config of one of chapter 7's trainings: KN 3.1 ("linear"), 3.2 ("two_linear"), or unfrozen."""
     settings = {"rate": profile.torch_rate, "epochs": profile.torch_epochs, "views": profile.feature_views}
     if not frozen:
-        settings = {"rate": profile.tuning_rate, "epochs": profile.tuning_epochs}
+        share = {"share": profile.tuning_share}
+        settings = {"rate": profile.tuning_rate, "epochs": profile.tuning_epochs} | share
     return config(backbone, [stage("label", head, frozen, **settings)], profile)
 
 

@@ -181,6 +181,12 @@ def two_models(rng, patients=40):
     return [table.assign(path=[f"{i}.png" for i in range(len(first))]) for table in (first, second)]
 
 
+def test_a_difference_is_written_with_its_sign_and_interval():
+    table = pd.DataFrame({"value": [0.0414], "low": [-0.0005], "high": [0.08]}, index=["kappa"])
+    assert metrics.format_difference(table, "kappa") == "+0.041 [-0.001, +0.080]"
+    assert metrics.format_difference(table, "kappa", 1) == "+0.0 [-0.0, +0.1]"
+
+
 def test_a_paired_difference_is_the_bootstrap_written_out():
     a, b = two_models(np.random.default_rng(0))
     table = metrics.paired_difference(a, b, samples=2000, seed=1)

@@ -212,6 +212,25 @@ def test_several_reports_are_told_apart(predictions):
     assert any(DEMO_LINE.format("image") in s and DEMO_LINE.format("study") in s for s in shown)
 
 
+def test_one_line_per_model_coloured_by_where_its_weights_come_from(predictions):
+    reports = {"first": metrics.image_report(predictions, samples=50)}
+    predictions.attrs = DEMO | {"weights": "imagenet"}
+    reports["second"] = metrics.image_report(predictions.assign(probability=0.5), samples=50)
+    figure = plots.overall_bars(reports, "accuracy")
+    (axis,) = figure.axes
+    ends = [collection.get_segments()[0][:, 0] for collection in axis.collections]
+    for found, report in zip(ends, reports.values(), strict=True):
+        np.testing.assert_array_equal(found, report.loc["OVERALL", "accuracy"][["low", "high"]])
+    assert [to_hex(c.get_color()[0]) for c in axis.collections] == [plots.FAINT.lower(), plots.INK.lower()]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["first", "second"]
+    shown = texts(figure)
+    assert metrics.format_report(reports["first"]).loc["OVERALL", "Accuracy"] in shown
+    assert not any("weights" in text for text in shown) and any("synthetic films" in text for text in shown)
+    assert "chance" in plots.overall_bars(reports).axes[0].get_xlabel()
+    with pytest.raises(ValueError, match="not 'auc'"):
+        plots.overall_bars(reports, "auc")
+
+
 def test_figures_are_opaque_white_and_shown_once(history, predictions, films):
     report = metrics.image_report(predictions, samples=5)
     with plt.rc_context({"figure.facecolor": "none", "font.size": 30}):
@@ -220,6 +239,7 @@ def test_figures_are_opaque_white_and_shown_once(history, predictions, films):
             plots.confusion(predictions),
             plots.films(films),
             plots.interval_bars(report),
+            plots.overall_bars({"one": report}),
         ]
         assert plt.rcParams["font.size"] == 30  # the caller's settings stay
     for figure in figures:

@@ -138,11 +138,19 @@ def test_a_workdir_of_another_model_is_refused_and_one_at_its_end_is_not_trained
     capsys.readouterr()
     other = task(seed=3)
     pd.testing.assert_frame_equal(fit(other, sets, tmp_path, epochs=2), history)
-    assert capsys.readouterr().out == "Resumed after epoch 2.\n"
+    assert capsys.readouterr().out == "Trained already: 2 epochs.\n"
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     with pytest.raises(torch_models.TorchModelError, match="left by another model.*delete"):
         fit(task(target="body_part"), sets, tmp_path, epochs=3)
+
+
+def test_a_best_epoch_that_is_lost_is_said(sets, tmp_path):
+    fit(task(), sets, tmp_path, epochs=2)
+    for content in (b"half a file", None):
+        (tmp_path / "best.ckpt").write_bytes(content) if content else (tmp_path / "best.ckpt").unlink()
+        with pytest.raises(torch_models.TorchModelError, match="best.ckpt.*missing or damaged.*Delete"):
+            fit(task(), sets, tmp_path, epochs=2)
 
 
 def test_early_stopping_keeps_the_best_epoch(sets, tmp_path):
@@ -169,6 +177,14 @@ def test_both_targets_at_once_are_the_sum_of_both_losses(films, store, tmp_path)
     test = pixels.kn_datasets(films, store, batch_size=8)["test"]
     assert training.predict(one.model, test)["probability"].between(0, 1).all()
     assert training.predict(one.model, test, "body_part")["HAND"].between(0, 1).all()
+
+
+def test_of_one_class_there_is_no_area_under_the_curve():
+    metrics = training.task_metrics("label")["label"]
+    metrics.update(torch.tensor([0.2, 0.7]), torch.tensor([1, 1]))
+    assert metrics.compute()["auc"].isnan()
+    metrics.update(torch.tensor([0.3]), torch.tensor([0]))
+    assert metrics.compute()["auc"] == 0.5
 
 
 def test_parts_of_a_model_learn_at_rates_of_their_own(sets, tmp_path):

@@ -1,5 +1,6 @@
 """torch_transfer.py: trainings of one or several stages as runs, killed at random, refused where wrong."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -99,8 +100,41 @@ def test_both_heads_predict_the_body_part_too(tiny, films, tmp_path):
 def test_a_specialist_learns_and_is_tested_on_its_part_alone(tiny, films, tmp_path):
     found = run(films, tmp_path, FROZEN, parts=["WRIST"])
     assert set(found.predictions["body_part"]) == {"WRIST"}
+    some = run(films, tmp_path, PARTS | {"share": 0.5}, FROZEN, name="some")
+    assert len(some.predictions) == len(films[films["split"].eq("test")])
     steps = run(films, tmp_path, FROZEN | {"epochs": None, "steps": 5}, parts=["WRIST"], name="steps")
     assert steps.info["epochs"] == 3  # of two batches each
+    no_dev = films[films["split"].ne("dev") | films["body_part"].ne("WRIST")]
+    no_dev.attrs = films.attrs
+    to_the_end = FROZEN | {"patience": None, "epochs": 4}
+    blind = run(no_dev, tmp_path, to_the_end, parts=["WRIST"], name="blind")
+    watched = run(films, tmp_path, to_the_end, parts=["WRIST"], name="watched")
+    assert "val_accuracy" not in blind.history and len(watched.history) == 4
+    np.testing.assert_allclose(blind.history["loss"], watched.history["loss"])
+    np.testing.assert_allclose(blind.predictions["probability"], watched.predictions["probability"])
+
+
+def test_a_routed_run_is_its_specialists_picked_by_its_router(tiny, tmp_path):
+    films = torch_films.make(tmp_path / "films", data.BODY_PARTS, 140)
+    profile = dataclasses.replace(SMOKE, image_size_specialists=32, specialist_steps=6, torch_epochs=8)
+    found = transfer.routed_run(films, profile, "ResNet18", "random", tmp_path)
+    again = transfer.routed_run(films, profile, "ResNet18", "random", tmp_path)
+    assert not again.was_trained_now and found.info["config"]["router"]["stages"][0]["target"] == "body_part"
+    system = again.load_model()
+    assert system.shares
+    rows = found.predictions
+    picked = rows[list(data.BODY_PARTS)].idxmax(axis=1)
+    assert picked.nunique() > 1  # right or wrong
+    for part in data.BODY_PARTS:
+        own = transfer.specialist_run(films, profile, "ResNet18", part, "random", tmp_path)
+        assert not own.was_trained_now  # the routed run has trained it
+        said = own.predictions.set_index("path")["probability"]
+        here = rows[picked.eq(part) & rows["body_part"].eq(part)]
+        np.testing.assert_allclose(here["probability"], said[here["path"]], atol=1e-5)
+    assert transfer.specialist_config(profile, "ResNet18")["stages"][0]["steps"] == 7 * 6
+    general = transfer.specialist_run(films, profile, "ResNet18", None, "random", tmp_path)
+    assert general.info["name"] == "resnet18_all_parts"
+    assert set(general.predictions["path"]) == set(rows["path"])
 
 
 @pytest.mark.parametrize("backbone", ["ResNet18", "EfficientNetLite0"])
@@ -134,10 +168,12 @@ def test_settings_that_there_are_not_are_refused(make, message):
 
 def test_what_cannot_be_learned_is_refused_before_anything_is_trained(tiny, films, tmp_path):
     one_class = films[films["label"].eq(0) | films["body_part"].ne("WRIST")]
-    one_class.attrs = films.attrs
+    no_dev = films[films["split"].ne("dev") | films["body_part"].ne("WRIST")]
+    one_class.attrs = no_dev.attrs = films.attrs
     for some, parts, message in (
         (one_class, ["WRIST"], "In train, WRIST has .* images of 1 class"),
-        (films, ["ELBOW"], "In train, ELBOW has 0 images"),
+        (films, ["ELBOW"], "In train, ELBOW has 0 images of 0 class"),
+        (no_dev, ["WRIST"], "In dev, WRIST has no image to stop by"),
         (films, ["KNEE"], "no body part 'KNEE'"),
     ):
         with pytest.raises(torch_models.TorchModelError, match=message):
