@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -686,7 +685,6 @@ def test_a_loop_that_is_left_early_stops_cleanly(index):
     for _ in range(20):
         for _ in batches:
             break
-    gc.collect()
     assert threading.active_count() == before and cv2.getNumThreads() == threads and batches.epoch == 0
 
 
@@ -841,6 +839,7 @@ assert both["body_part"].dtype == torch.int64 and both["label"].tolist() == inde
 """
 
 
+@pytest.mark.slow
 def test_torch_loader_and_torchvisions_autocontrast(index, tmp_path):
     index.to_csv(tmp_path / "index.csv", index=False)
     command = [sys.executable, "-c", TORCH, str(build(index).folder), str(tmp_path / "index.csv")]

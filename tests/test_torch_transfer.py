@@ -114,6 +114,7 @@ def test_a_specialist_learns_and_is_tested_on_its_part_alone(tiny, films, tmp_pa
     np.testing.assert_allclose(blind.predictions["probability"], watched.predictions["probability"])
 
 
+@pytest.mark.slow
 def test_a_routed_run_is_its_specialists_picked_by_its_router(tiny, tmp_path):
     films = torch_films.make(tmp_path / "films", data.BODY_PARTS, 140)
     profile = dataclasses.replace(SMOKE, image_size_specialists=32, specialist_steps=6, torch_epochs=8)
