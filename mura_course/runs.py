@@ -243,11 +243,13 @@ def is_first_process() -> bool:
 
 def _take_part(folder: Path, fit: Callable) -> bool:
     """Train along with the first process, which holds the lock and writes; wait until it has written."""
-    workdir = _beside(folder, ".partial")
-    with _disk(folder):
-        workdir.mkdir(exist_ok=True)
+    workdir, finished = _beside(folder, ".partial"), folder / "run.json"
+    while not (workdir.exists() or finished.exists()):
+        time.sleep(0.1)
+    if finished.exists():
+        return False
     fit(workdir)
-    while not (folder / "run.json").exists():
+    while not finished.exists():
         if not _beside(folder, ".lock").exists():
             raise RunError(f"The first process has left no lock beside {folder}: it trains another run.")
         time.sleep(0.1)
