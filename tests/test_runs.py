@@ -241,6 +241,39 @@ def test_a_torch_module_is_saved_and_filled_again(tmp_path):
         make(tmp_path, fit=never)
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_a_further_process_of_one_training_takes_part_and_writes_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    assert runs.is_first_process()
+    calls = []
+
+    def first(workdir):
+        def along(own):
+            calls.append(own)
+            thread_may_write.set()
+            return fitted(own)
+
+        thread = threading.Thread(target=lambda: later.append(make(tmp_path, along)))
+        monkeypatch.setenv(name, "10")
+        assert not runs.is_first_process()
+        thread.start()
+        assert thread_may_write.wait(10)
+        monkeypatch.setenv(name, "0")
+        threads.append(thread)
+        return fitted(workdir)
+
+    def fitted(workdir):
+        return None, HISTORY, predicted()
+
+    later, threads, thread_may_write = [], [], threading.Event()
+    run = make(tmp_path, first)
+    threads[0].join(10)
+    assert calls == [run.folder.with_name(run.folder.name + ".partial")]
+    assert later[0].folder == run.folder
+    monkeypatch.setenv(name, "3")  # a finished run is loaded by all
+    assert make(tmp_path, fit=never).folder == run.folder
+
+
 # Folders that cannot be trusted
 
 
