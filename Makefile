@@ -72,7 +72,8 @@ bench: $(INSTALLED)
 
 serve:
 	@test -f $(HTML)/index.html || { \
-	  echo "No book in $(HTML): run 'make book MURA_PROFILE=$(MURA_PROFILE)' first." >&2; exit 1; }
+	  echo "No book in $(HTML): run 'make book MURA_PROFILE=$(MURA_PROFILE)' first, or show another profile's:" >&2; \
+	  echo "make serve MURA_PROFILE=smoke" >&2; exit 1; }
 	@$(PYTHON) -m http.server --bind 127.0.0.1 --directory $(HTML) $(PORT)
 
 clean:

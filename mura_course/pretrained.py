@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.util
 import socket
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def imagenet_or_random(name: str, profile: Profile, weights_file: Callable[[str]
     except WeightsError as error:
         if not profile.allow_random_weights:
             raise
-        print(f"NOTE: {name} starts from RANDOM weights: {error}")
+        note = f"NOTE: {name} starts from RANDOM weights: {error}"
+        print(textwrap.fill(note, 78, break_long_words=False, break_on_hyphens=False))
         return "random"
     return "imagenet"
 

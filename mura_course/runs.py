@@ -100,11 +100,11 @@ class Run:
         try:
             module.load_state_dict(torch.load(self.model_path, map_location="cpu", weights_only=True))
         except (RuntimeError, ValueError) as error:
+            other = getattr(module, "architecture", None) or type(module).__name__
             raise RunError(
-                f"{self.model_path} is whole, but of another model than this {type(module).__name__}, or of "
-                f"other libraries (it was saved with {self.info['versions']}): "
-                f"{' '.join(str(error).split())[:300]}. Load it into a module like the run's, or delete "
-                f"{self.folder} to train it again."
+                f"{self.model_path} is whole, but of another model: the run's is "
+                f"{self.info.get('architecture') or 'another class'}, the module to fill is {other}. Leave "
+                f"`into` out, or pass a module like the run's. ({str(error).strip().splitlines()[-1].strip()[:200]})"
             ) from error
         return module
 

@@ -115,12 +115,18 @@ def backbone(name: str, weights: str = "imagenet") -> nn.Module:
     Raises TorchModelError: another name or weights; WeightsError as `weights_file`.
     """
     known = one_of("backbone", name, BACKBONES)
-    if weights not in ("imagenet", "random"):
-        raise TorchModelError(f"weights must be 'imagenet' or 'random', not {weights!r}.")
+    check_weights(weights)
     module = BACKBONES[known].build()
     if weights == "imagenet":
         BACKBONES[known].fill(module)
     return module.to(memory_format=torch.channels_last)  # faster, on CPUs as on GPUs
+
+
+def check_weights(weights: str) -> str:
+    """`weights`; TorchModelError unless they are "imagenet" or "random"."""
+    if weights not in ("imagenet", "random"):
+        raise TorchModelError(f"weights must be 'imagenet' or 'random', not {weights!r}.")
+    return weights
 
 
 def find_weights(name: str, profile: Profile) -> str:

@@ -225,7 +225,7 @@ def torch_fit(
             loaders = [_Shares(batches, trainer).loader() for batches in sets]
             trainer.fit(task, *loaders, ckpt_path=file, weights_only=False)
     else:  # killed after its last epoch, or a first stage that another run has trained, too
-        print(f"Trained already: {len(state['rows'])} epochs.")
+        print(f"Nothing left to train here: {len(state['rows'])} epochs were finished earlier.")
         keeper.rows = state["rows"]
     keeper.put_back_best(task)
     return pd.DataFrame(keeper.rows)

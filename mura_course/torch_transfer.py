@@ -92,7 +92,9 @@ def staged_run(
     last stage learns it. A last stage that learns the body part alone has no `probability`, and so is no run:
     TorchModelError; also where a body part has one class only. trainer_options: of `lightning.Trainer`.
     """
-    weights = weights or torch_models.find_weights(config["backbone"], profile)
+    weights = torch_models.check_weights(weights or torch_models.find_weights(config["backbone"], profile))
+    for part in config["parts"] or ():
+        torch_models.one_of("body part", part, data.BODY_PARTS)
     if config["stages"][-1]["target"] == "body_part":
         raise TorchModelError("The last stage must learn the label: a run's predictions say how abnormal.")
 
@@ -155,8 +157,6 @@ def learning_images(config: dict, split: pd.DataFrame, stage: dict | None = None
     share = stage["share"] if stage is not None and stage["share"] is not None else config["share"]
     films = data.learning_images(split, share)
     if config["parts"] is not None:
-        for part in config["parts"]:
-            torch_models.one_of("body part", part, data.BODY_PARTS)
         films = films[films["body_part"].isin(config["parts"])]
     which, remedy = " and ".join(config["parts"] or ["the index"]), "Take more patients, or another split."
     train, dev = films[films["split"].eq("train")], films[films["split"].eq("dev")]
@@ -283,7 +283,7 @@ def routed_run(
     Its model is a `torch_models.Routed`; its history that of the router; its predictions are end to end, the
     router's mistakes included, and bear what it says of each body part. Raises as `staged_run`.
     """
-    weights = weights or torch_models.find_weights(backbone, profile)
+    weights = torch_models.check_weights(weights or torch_models.find_weights(backbone, profile))
     settings = {"rate": profile.torch_rate, "epochs": profile.torch_epochs, "views": profile.feature_views}
     router = config(
         backbone,

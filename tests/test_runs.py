@@ -231,7 +231,7 @@ def test_a_torch_module_is_saved_and_filled_again(tmp_path):
     assert torch.equal(again.weight, module.weight)
     with pytest.raises(runs.RunError, match="holds weights only: load_model"):
         run.load_model()
-    with pytest.raises(runs.RunError, match="another model than this Linear.*delete"):
+    with pytest.raises(runs.RunError, match="of another model.*the module to fill is Linear"):
         run.load_model(into=torch.nn.Linear(4, 1))
     run.model_path.write_bytes(run.model_path.read_bytes()[:-1] + b"x")
     with pytest.raises(runs.RunError, match="model.pt was changed"):

@@ -138,7 +138,7 @@ def test_a_workdir_of_another_model_is_refused_and_one_at_its_end_is_not_trained
     capsys.readouterr()
     other = task(seed=3)
     pd.testing.assert_frame_equal(fit(other, sets, tmp_path, epochs=2), history)
-    assert capsys.readouterr().out == "Trained already: 2 epochs.\n"
+    assert capsys.readouterr().out == "Nothing left to train here: 2 epochs were finished earlier.\n"
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     with pytest.raises(torch_models.TorchModelError, match="left by another model.*delete"):
