@@ -101,10 +101,11 @@ class Run:
             module.load_state_dict(torch.load(self.model_path, map_location="cpu", weights_only=True))
         except (RuntimeError, ValueError) as error:
             other = getattr(module, "architecture", None) or type(module).__name__
+            reason = str(error).strip().splitlines()[-1].strip()[:200]
             raise RunError(
                 f"{self.model_path} is whole, but of another model: the run's is "
                 f"{self.info.get('architecture') or 'another class'}, the module to fill is {other}. Leave "
-                f"`into` out, or pass a module like the run's. ({str(error).strip().splitlines()[-1].strip()[:200]})"
+                f"`into` out, or pass a module like the run's. ({reason})"
             ) from error
         return module
 
