@@ -150,6 +150,15 @@ def format_report(report: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     return shown
 
 
+def share_right(rows: pd.DataFrame, right, samples: int = 1000, digits: int = 3) -> str:
+    """The share of `rows` on which something is right, e.g. a router: "0.984 [0.972, 0.993]".
+
+    right: bool (rows,). The 95 % interval is that of `image_report`, over patients.
+    """
+    answered = rows.assign(label=1, probability=np.asarray(right, float))
+    return format_report(image_report(answered, samples=samples), digits).loc["OVERALL", "Accuracy"]
+
+
 def format_difference(differences: pd.DataFrame, metric: str = "auroc", digits: int = 3) -> str:
     """A row of `paired_difference` for a reader's eye: "+0.041 [+0.001, +0.080]"."""
     value, low, high = differences.loc[metric, ["value", "low", "high"]]

@@ -157,7 +157,8 @@ def predict(model: nn.Module, batches, target: str = "label") -> pd.DataFrame:
 
     batches: `pixels.Batches`, or `feature_store.FeatureBatches` for a head. target "label": a column
     `probability` of abnormal, float64 in [0, 1]. "body_part": a column for each of `data.BODY_PARTS` with its
-    probability. Raises DataError where the batches deliver another scale than the model expects.
+    probability. Runs on the GPU where there is one, and leaves the model on the processor. Raises DataError
+    where the batches deliver another scale than the model expects.
     """
     _check_scale(model, batches)
     rows, was_training = batches.index.iloc[batches.order], model.training
@@ -205,7 +206,7 @@ def torch_fit(
     for batches in sets:
         _check_scale(task.model, batches)
     stopping = [EarlyStopping(monitor, mode="max", patience=patience)] if monitor else []
-    keeper = _Keeper(Path(workdir), monitor, train, epochs)
+    keeper = _Keeper(Path(workdir), monitor, epochs)
     state, file = keeper.newest()
     if state is not None and not keeper.fits(task, file):
         raise TorchModelError(
@@ -297,10 +298,10 @@ class _Keeper(ModelCheckpoint):
     Before each epoch it says to the training set which one it is: order and augmentation hang on that alone.
     """
 
-    def __init__(self, workdir: Path, monitor: str | None, train, epochs: int):
+    def __init__(self, workdir: Path, monitor: str | None, epochs: int):
         kept = {"save_on_train_epoch_end": True, "enable_version_counter": False}
         super().__init__(workdir, "best", monitor=monitor, mode="max", **kept)
-        self.workdir, self.batches, self.epochs = workdir, train, epochs
+        self.workdir, self.epochs = workdir, epochs
         self.rows, self.stopped, self.since = [], False, 0.0
 
     def on_fit_start(self, trainer, module) -> None:

@@ -107,7 +107,7 @@ def staged_run(
 def train_stages(
     config: dict, split: pd.DataFrame, profile: Profile, weights: str, workdir: Path, **trainer_options
 ) -> tuple[ImageClassifier, pd.DataFrame, pd.DataFrame]:
-    """(model, history, predictions) of a config's stages, each resumed from its own folder in `workdir`."""
+    """(model, history, predictions) of a config's stages; the last one is resumed from `workdir`."""
     store = pixels.PixelStore.open_or_build(split, config["size"])
     module, model, histories = None, None, []
     for number, settings in enumerate(config["stages"], start=1):
@@ -124,15 +124,13 @@ def train_stages(
         options = trainer_defaults(profile) | trainer_options
         films = learning_images(config, split, settings)
         is_last = number == len(config["stages"])
-        with _first_stages(config, number, films, weights) if not is_last else _folder(workdir) as folder:
+        own = contextlib.nullcontext(workdir) if is_last else _first_stages(config, number, films, weights)
+        with own as folder:
             history = _train(model, settings, config, films, store, profile, folder, options)
         histories.append(history.assign(stage=number))
     history = pd.concat(histories, ignore_index=True)
     history["epoch"] = range(1, len(history) + 1)
     return model.cpu(), history, _predictions(model, config, films, store, profile)
-
-
-_folder = contextlib.nullcontext
 
 
 @contextlib.contextmanager

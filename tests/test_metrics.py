@@ -181,6 +181,12 @@ def two_models(rng, patients=40):
     return [table.assign(path=[f"{i}.png" for i in range(len(first))]) for table in (first, second)]
 
 
+def test_a_share_of_right_answers_has_an_interval_over_patients():
+    rows = make([0, 1, 0, 1, 1, 0], [0.5] * 6, patients=[1, 1, 1, 2, 2, 3])
+    assert metrics.share_right(rows, [True] * 6) == "1.000 [1.000, 1.000]"
+    assert metrics.share_right(rows, [True, True, True, False, False, False], 200) == "0.500 [0.000, 1.000]"
+
+
 def test_a_difference_is_written_with_its_sign_and_interval():
     table = pd.DataFrame({"value": [0.0414], "low": [-0.0005], "high": [0.08]}, index=["kappa"])
     assert metrics.format_difference(table, "kappa") == "+0.041 [-0.001, +0.080]"
