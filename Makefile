@@ -38,7 +38,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
 	  echo "Install one of them and name it: make book PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing into $(VENV): some gigabytes and minutes the first time."
+	@echo "Installing into $(VENV): up to 9 GB (Linux, with CUDA) and some minutes the first time;" \
+	  "$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }') GB are free here."
 	@start=$$(date +%s) && \
 	  $(PY) -m pip install -e ".[all]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) && \
 	  { $(PY) -c "import cv2" 2>/dev/null || $(PY) -m pip install --force-reinstall --no-deps \
