@@ -264,6 +264,7 @@ def overall_bars(reports: Mapping[str, pd.DataFrame], metric: str = "auroc") -> 
         axis.text(1.02, y, text, transform=axis.get_yaxis_transform(), va="center")
     axis.set_yticks(range(len(reports)), reports)
     axis.set_ylim(len(reports) - 0.5, -0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(6))  # the names may leave little room
     dotted = ""
     if metric in CHANCE:
         axis.axvline(CHANCE[metric], color=FAINT, linewidth=0.8, linestyle=":")

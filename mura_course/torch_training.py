@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 # First, for it sees to it that torch's companions load beside TensorFlow.
-from .torch_models import TorchModelError, accelerator
+from .torch_models import TorchModelError, accelerator, one_of
 
 # isort: split
 import lightning
@@ -54,9 +54,7 @@ class Task(lightning.LightningModule):
 
     def __init__(self, model: nn.Module, rate, target: str = "label"):
         super().__init__()
-        if target not in TARGETS:
-            raise TorchModelError(f"There is no target {target!r}. Choose one of {', '.join(TARGETS)}.")
-        self.model, self.rate, self.target = model, rate, target
+        self.model, self.rate, self.target = model, rate, one_of("target", target, TARGETS)
         self.watched = nn.ModuleDict({stage: task_metrics(target) for stage in ("fitting", "dev")})
         self.loss_of = nn.ModuleDict({stage: torchmetrics.MeanMetric() for stage in ("fitting", "dev")})
 
@@ -157,19 +155,23 @@ def predict(model: nn.Module, batches, target: str = "label") -> pd.DataFrame:
 
     batches: `pixels.Batches`, or `feature_store.FeatureBatches` for a head. target "label": a column
     `probability` of abnormal, float64 in [0, 1]. "body_part": a column for each of `data.BODY_PARTS` with its
-    probability. Runs on the GPU where there is one, and leaves the model on the processor. Raises DataError
-    where the batches deliver another scale than the model expects.
+    probability. "both": these and `probability`. Runs on the GPU where there is one, and leaves the model on
+    the processor. Raises TorchModelError: another target; DataError where the batches deliver another scale
+    than the model expects.
     """
+    one_of("target", target, TARGETS)
     _check_scale(model, batches)
     rows, was_training = batches.index.iloc[batches.order], model.training
     model.eval().to(accelerator())
     with torch.inference_mode():
         logits = torch.cat([model(x.to(accelerator())).float().cpu() for x, _ in batches.torch()])
     model.train(was_training).cpu()
-    if target == "label":
-        return rows.assign(probability=logits[:, 0].double().sigmoid().numpy())
-    shares = logits[:, -len(data.BODY_PARTS) :].double().softmax(dim=1).numpy()
-    return rows.assign(**pd.DataFrame(shares, rows.index, list(data.BODY_PARTS)))
+    if target != "label":
+        shares = logits[:, -len(data.BODY_PARTS) :].double().softmax(dim=1).numpy()
+        rows = rows.assign(**pd.DataFrame(shares, rows.index, list(data.BODY_PARTS)))
+    if target != "body_part":
+        rows = rows.assign(probability=logits[:, 0].double().sigmoid().numpy())
+    return rows
 
 
 def _check_scale(model: nn.Module, batches) -> None:

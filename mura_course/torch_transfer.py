@@ -228,13 +228,8 @@ def layer_rates(model: ImageClassifier, rate: float, lower: float) -> float | li
 def _predictions(model, config, films, store, profile) -> pd.DataFrame:
     """The test images with `probability`, a column for each body part, or both, as the model has outputs."""
     test = _batches(config, films, store, profile, "label")["test"]
-    outputs = model.architecture["outputs"]
-    if outputs == torch_training.TARGETS["label"]:
-        return torch_training.predict(model, test)
-    parts = torch_training.predict(model, test, "body_part")
-    if outputs == torch_training.TARGETS["body_part"]:
-        return parts
-    return parts.assign(probability=torch_training.predict(model, test)["probability"])
+    target = {outputs: name for name, outputs in torch_training.TARGETS.items()}
+    return torch_training.predict(model, test, target[model.architecture["outputs"]])
 
 
 # Specialists and their router: chapter 9 -----------------------------------------------------------

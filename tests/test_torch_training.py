@@ -177,6 +177,14 @@ def test_both_targets_at_once_are_the_sum_of_both_losses(films, store, tmp_path)
     test = pixels.kn_datasets(films, store, batch_size=8)["test"]
     assert training.predict(one.model, test)["probability"].between(0, 1).all()
     assert training.predict(one.model, test, "body_part")["HAND"].between(0, 1).all()
+    both = training.predict(one.model, test, "both")
+    assert both.equals(
+        training.predict(one.model, test, "body_part").assign(
+            probability=training.predict(one.model, test)["probability"]
+        )
+    )
+    with pytest.raises(torch_models.TorchModelError, match="no target 'finding'"):
+        training.predict(one.model, test, "finding")
 
 
 def test_of_one_class_there_is_no_area_under_the_curve():
