@@ -47,11 +47,27 @@ _GPU_ADVICE = {
 
 
 def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
-    """The profile in use and the index of the data, after printing a few lines on what the chapter runs with.
+    """Find profile and data, fix the seeds, and print a few lines on what the chapter runs with.
 
-    Seeds Python and NumPy, and TensorFlow and torch where they are imported already. The first call
-    without MURA renders the demo data. Raises `KernelError` on a Python that lacks what the book needs, and
-    what `profiles.current` and `data.load_index` raise.
+    Seeds Python and NumPy, and TensorFlow and torch where they are imported already. The first call without
+    MURA renders the demo data.
+
+    Parameters
+    ----------
+    seed : int
+        Of every random number generator.
+
+    Returns
+    -------
+    profile : Profile
+        What `profiles.current` returns for these data.
+    index : DataFrame
+        What `data.load_index` returns.
+
+    Raises
+    ------
+    KernelError
+        This Python lacks what the book needs. Further errors as `profiles.current` and `data.load_index`.
     """
     _check_kernel()
     from . import data, profiles  # after the check, so that a wrong kernel is met with a sentence
@@ -66,9 +82,9 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
         "profile": f"{profile.name} (to change it, set {profiles.ENVIRONMENT_VARIABLE} to "
         f"{', '.join(profiles.NAMES[:-1])} or {profiles.NAMES[-1]})",
         "device": ", ".join(gpus) if gpus else f"CPU, {_cores()} cores",
-        "weights": "ImageNet's; where they cannot be had, random ones, with a note"
+        "weights": "ImageNet's; where they cannot be downloaded, random ones, with a note"
         if profile.allow_random_weights
-        else "ImageNet's; where they cannot be had, an error that says how to place the files",
+        else "ImageNet's; where they cannot be downloaded, an error that says how to place the files",
         "seed": str(seed),
     }
     for name, value in block.items():

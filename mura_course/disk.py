@@ -1,0 +1,156 @@
+"""Files and folders that are whole or absent: atomic writes, locks, digests, small JSON files.
+
+Every other room writes through this one. Imports only `errors`. Nothing here follows a symbolic link that
+stands where a working file or folder is to be made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .errors import DiskError
+
+REMEDY = "Make room or allow writing there, or set the environment variable {} to another folder."
+
+
+@contextlib.contextmanager
+def named(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
+    """Turn the disk's own errors into one that names `path`, the reason and the `variable` to set."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise DiskError(f"{path} cannot be written ({reason}). {REMEDY.format(variable)}") from error
+
+
+@contextlib.contextmanager
+def atomic(path: Path, variable: str = "MURA_CACHE") -> Iterator[Path]:
+    """Write a file, or make a folder, that is whole or absent.
+
+    Parameters
+    ----------
+    path : Path
+        Where it shall stand in the end. Its folder is made if need be.
+    variable : str
+        The environment variable that an error about the disk advises to set.
+
+    Yields
+    ------
+    Path
+        A path beside `path`, which does not exist yet: write the file there, or make the folder. When the
+        block ends well it is renamed to `path` (an old file there is replaced); else it is removed.
+
+    Raises
+    ------
+    DiskError
+        No room, no permission, or a folder stands at `path` already.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with named(path, variable):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(beside)  # left by a killed process that had this number
+        try:
+            yield beside
+            beside.replace(path)
+        finally:
+            remove(beside)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points at) or a folder; nothing where `path` does not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def workdir(path: Path, variable: str = "MURA_CACHE") -> Path:
+    """The folder `path` for work that goes on after a kill: made, or found; DiskError where it is a link."""
+    with named(path, variable):
+        path.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            raise DiskError(f"{path} is a symbolic link. Remove it: work would be written where it leads.")
+    return path
+
+
+@contextlib.contextmanager
+def lock(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
+    """Let one process at a time make `path`; others wait and say so. A killed process lets go of it."""
+    with named(path, variable):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path.with_name(f"{path.name}.lock"))
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            print(f"Another process is making {path.name}; waiting for it.")
+            held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def digest(file: Path, algorithm: str = "sha256") -> str:
+    """The hash of a file's content in hexadecimal; `algorithm` as `hashlib.new` takes it."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, algorithm).hexdigest()
+
+
+def read_bytes(file: Path, most: int = 64 << 20) -> bytes:
+    """The content of an ordinary file of at most `most` bytes.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read, is larger, or is no ordinary file (reading a pipe would wait for ever).
+    """
+    info = file.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError("no ordinary file")
+    if info.st_size > most:
+        raise OSError(f"{info.st_size:,} bytes are too many for an image")
+    return file.read_bytes()
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises
+    ------
+    DiskError
+        The file does not exist, cannot be read or holds no JSON object; the message ends with `remedy`.
+    """
+    try:
+        content = json.loads(read_bytes(file).decode())
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DiskError(f"{file} cannot be read ({reason}). {remedy}") from error
+    if not isinstance(content, dict):
+        raise DiskError(f"{file} holds no JSON object. {remedy}")
+    return content
+
+
+def write_json(file: Path, content: dict[str, Any], variable: str = "MURA_CACHE") -> None:
+    """Write a JSON object, whole or not at all."""
+    with atomic(file, variable) as beside:
+        beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def require_room(folder: Path, needed: int, variable: str = "MURA_CACHE") -> None:
+    """Raise DiskError, naming `folder`, unless `needed` bytes are free there."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = f"{needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free"
+        raise DiskError(f"{folder} has too little room: {sizes}. {REMEDY.format(variable)}")

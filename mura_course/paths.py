@@ -1,0 +1,52 @@
+"""Where things lie: the cache folder, and how a path is shown to a reader. Imports only `errors`.
+
+Writes nothing but the cache folder itself. The setup chapter explains `MURA_CACHE`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+from .errors import DiskError
+
+
+def cache_dir() -> Path:
+    """The folder for everything that can be made again: ``MURA_CACHE``, else the user's cache folder.
+
+    Returns
+    -------
+    Path
+        Absolute; the folder is created if need be.
+
+    Raises
+    ------
+    DiskError
+        The folder cannot be created or written to.
+    """
+    chosen = os.environ.get("MURA_CACHE", "").strip()
+    folder = absolute(chosen or user_cache_dir("mura-course"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DiskError(
+            f"The cache folder {folder} cannot be written to ({error.strerror}). Set the environment "
+            "variable MURA_CACHE to a folder that can."
+        ) from error
+    return folder
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    """`path` as an absolute path with ``~`` expanded; symbolic links are kept as they are."""
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 - Path.resolve follows links
+
+
+def short_path(path: str | os.PathLike) -> str:
+    """`path` with the home folder written ``~``, for printing."""
+    path, home = Path(path), Path.home()
+    return str(Path("~") / path.relative_to(home)) if path.is_relative_to(home) else str(path)

