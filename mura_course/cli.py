@@ -8,7 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .errors import MuraError
+from . import __version__
+from .errors import MuraError, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,35 +18,45 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except (MuraError, OSError, ValueError) as error:
-        print(f"mura-course: {error}", file=sys.stderr)
+        print(f"mura-course: {printable(str(error))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("mura-course: interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+
+
+def _number(text: str) -> int:
+    """A whole number of 1 or more, for argparse, which prints the message."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mura-course", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="mura-course", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"mura-course {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="render a demo data set in MURA's layout")
     demo.add_argument("--out", type=Path, required=True, help="folder to put MURA-demo into")
-    demo.add_argument("--studies", type=int, default=2000, help="train and test together (2000)")
+    demo.add_argument("--studies", type=_number, default=2000, help="train and test together (2000)")
     demo.add_argument("--seed", type=int, default=0, help="another seed, other patients (0)")
-    demo.add_argument("--long-side", type=int, default=320, help="longest side of a film in pixels (320)")
+    demo.add_argument("--long-side", type=_number, default=320, help="longest side in pixels (320)")
     demo.add_argument("--text-free", action="store_true", help="the same films without burned-in text")
-    demo.add_argument("--workers", type=int, help="processes (one a core)")
+    demo.add_argument("--workers", type=_number, help="processes (one a core)")
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="compare a data set with what MURA v1.1 must hold")
     check.add_argument("data", type=Path, metavar="FOLDER_OR_ZIP", help="data, or MURA's zip as downloaded")
     check.add_argument("--out", type=Path, metavar="FOLDER", help="unpack a zip there (beside it)")
-    check.add_argument("--again", action="store_true", help="open files that an earlier check opened, too")
-    check.add_argument("--workers", type=int, help="threads (one a core)")
+    check.add_argument("--workers", type=_number, help="threads (one a core)")
     check.set_defaults(run=_check)
 
     text = commands.add_parser("remove-text", help="copy a data set, without the text in its films")
     text.add_argument("data", type=Path, metavar="IN", help="data folder, which stays as it is")
     text.add_argument("out", type=Path, metavar="OUT", help="new folder; a call that was killed continues")
     text.add_argument("--detector", default="rapidocr", help="rapidocr (default), strokes or keras-ocr")
-    text.add_argument("--workers", type=int, help="processes (two)")
+    text.add_argument("--workers", type=_number, help="processes (two)")
     text.set_defaults(run=_remove_text)
 
     runs = commands.add_parser("runs", help="list finished runs, or compare two of them")
@@ -59,28 +70,37 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .radiographs import write_demo
+    import mura_demo
 
-    text = not options.text_free
-    folder = write_demo(options.out, options.studies, options.seed, options.long_side, text, options.workers)
-    print(f"{folder}\nTo use it, set MURA_DATA to this folder.")
+    from .paths import cache_dir
+
+    rendered = mura_demo.write_demo(
+        options.out,
+        options.studies,
+        seed=options.seed,
+        long_side=options.long_side,
+        text=not options.text_free,
+        workers=options.workers,
+        cache=cache_dir(),
+    )
+    print(f"{rendered}\nTo use it, set MURA_DATA to this folder.")
 
 
 def _check(options: argparse.Namespace) -> int:
-    from . import integrity
+    from .data import check
 
     folder = options.data.expanduser()
     if folder.is_file():
-        folder = integrity.extract(folder, options.out)
+        folder = check.extract(folder, options.out)
     elif options.out:
         raise ValueError(f"--out says where to unpack a zip file, and {folder} is none. Leave it out.")
-    table = integrity.check(folder, workers=options.workers, again=options.again)
-    print(integrity.report(table))
+    table = check.check(folder, workers=options.workers)
+    print(check.report(table))
     return 0 if table.empty else 1
 
 
 def _remove_text(options: argparse.Namespace) -> None:
-    from .text_removal import clean_dataset
+    from .text import clean_dataset
 
     record = clean_dataset(options.data, options.out, options.detector, options.workers)
     print(
