@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,7 +37,10 @@ def write_mura(
     macos: bool = False,
     truth: bool = False,
 ) -> Path:
-    """Write empty image files and four CSV files; `extension` is the disk's, the CSV files say ``.png``."""
+    """Write empty image files and four CSV files; `extension` is the disk's, the CSV files say ``.png``.
+
+    truth: with the files that make them demo data.
+    """
     lines: dict[str, list[str]] = {
         f"{folder}_{kind}": [] for folder in ("train", "valid") for kind in ("image_paths", "labeled_studies")
     }
@@ -57,6 +61,8 @@ def write_mura(
         (root / f"{name}.csv").write_bytes(text.encode("utf-8-sig" if bom else "utf-8"))
     if truth:
         (root / "truth.csv").write_text("path,finding\n")
+        made = {"recipe": 2, "seed": 0, "long_side": 320, "text": True}
+        (root / "manifest.json").write_text(json.dumps(made))
     return root
 
 
