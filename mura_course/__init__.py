@@ -4,4 +4,4 @@ Importing it loads nothing: no TensorFlow, no torch, not even pandas. Import the
 for example ``from mura_course import data``.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
