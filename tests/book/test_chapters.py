@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted(TOP.glob("book/*.ipynb"))
 NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 MAX_LINES = 25

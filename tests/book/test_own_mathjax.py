@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from sphinx.errors import ExtensionError
 
-_FILE = Path(__file__).resolve().parent.parent / "_ext/own_mathjax.py"
+_FILE = Path(__file__).resolve().parents[2] / "_ext/own_mathjax.py"
 _SPEC = importlib.util.spec_from_file_location("own_mathjax", _FILE)
 own_mathjax = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(own_mathjax)

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from docutils import nodes
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 
 
 def load(path: str) -> ModuleType:

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-_FILE = Path(__file__).resolve().parent.parent / "_ext/kaggle_button.py"
+_FILE = Path(__file__).resolve().parents[2] / "_ext/kaggle_button.py"
 _SPEC = importlib.util.spec_from_file_location("kaggle_button", _FILE)
 kaggle_button = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(kaggle_button)
