@@ -72,7 +72,7 @@ def models_folder() -> Path:
     """Folder of MyoSim's models; raises ModuleNotFoundError, with the remedy, where there is none."""
     spec = importlib.util.find_spec("myo_sim")  # found, not imported: importing it would load MuJoCo
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("The demo radiographs need the bone meshes of myo-sim: pip install myo-sim")
+        raise FileNotFoundError("The demo films need the bone meshes of myo-sim: pip install myo-sim")
     return Path(spec.submodule_search_locations[0]) / "models"
 
 
