@@ -1,8 +1,8 @@
 """Scores with intervals: from predictions to one row per body part, at image or at study level.
 
-Pure functions on DataFrames: reads no files, writes none, imports no deep-learning framework. A
-radiologist reads a *study*, a network reads an *image*; a report says which of the two its numbers are about.
-Chapter 1 explains both levels, chapter 6 the bootstrap; every chapter that trains uses the reports.
+Pure functions on DataFrames: touches no file, imports numpy, pandas and `errors` only; `reports` writes the
+scores out. A radiologist reads a *study*, a network reads an *image*; a report says which of the two its
+numbers are about. Chapter 1 explains both levels, chapter 6 the bootstrap.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 
-from .errors import MuraError
+from .errors import PredictionsError, one_of
 
 METRICS = {
     "accuracy": "Accuracy",
@@ -31,31 +31,41 @@ PROVENANCE = ("data", "is_demo", "fingerprint", "profile", "weights", "run")
 _CELLS = 100_000
 
 
-class PredictionsError(MuraError, ValueError):
-    """Predictions that cannot be scored; the message says which rows and why."""
-
-
 def image_report(
     predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """Score every image on its own: one row per body part present, and OVERALL.
 
-    predictions: index columns (`body_part`, `patient`, `study`, `label`, ...) + `probability` of abnormal,
-    in [0, 1]. threshold: an image is called abnormal where probability > threshold (as Keras and the MURA
-    paper do). samples, seed: resamples of the bootstrap, and its seed.
+    Parameters
+    ----------
+    predictions : DataFrame
+        Columns of the index (`body_part`, `patient`, `study`, `label`, ...) and `probability` of abnormal, in
+        [0, 1].
+    threshold : float
+        An image is called abnormal where probability > threshold, as Keras and the MURA paper do.
+    samples, seed : int
+        Resamples of the bootstrap, and its seed.
 
-    Returns columns `level`, `n`, `patients`, `positives`, and for each metric of `METRICS` four columns:
-    (metric, "value"), (metric, "low"), (metric, "high"), the value and its 95 % interval; and
-    (metric, "resamples"), how many resamples the interval comes from. So `report["auroc"]` is a table of
-    value, low, high by body part. A metric that is undefined (AUROC of one class only, ...) is NaN; resamples
-    in which it is are left out of the interval and of "resamples". `report.attrs` says level, and data and
-    weights where `predictions.attrs` does.
+    Returns
+    -------
+    DataFrame
+        Columns `level`, `n`, `patients`, `positives`, and for each metric of `METRICS` four columns:
+        (metric, "value"), (metric, "low"), (metric, "high"), the value and its 95 % interval, and
+        (metric, "resamples"), how many resamples the interval comes from. So ``report["auroc"]`` is a table
+        of value, low, high by body part. A metric that is undefined (AUROC of one class only, ...) is NaN;
+        resamples in which it is are left out of the interval and of "resamples". ``report.attrs`` says level,
+        and data and weights where ``predictions.attrs`` does.
 
-    The interval is the percentile interval of a bootstrap over PATIENTS: images of one patient resemble
-    each other, and resampling single images would give intervals that are too narrow. Where all predictions
-    are right, the interval is the single point 1: too few errors to bootstrap, not certainty.
+    Raises
+    ------
+    PredictionsError
+        No rows, a missing column, probabilities or labels that cannot be scored.
 
-    Raises PredictionsError: no rows, a missing column, probabilities or labels that cannot be scored.
+    Notes
+    -----
+    The interval is the percentile interval of a bootstrap over PATIENTS: images of one patient resemble each
+    other, and resampling single images would give intervals that are too narrow. Where all predictions are
+    right, the interval is the single point 1: too few errors to bootstrap, not certainty.
     """
     return _report(check(predictions), "image", threshold, samples, seed)
 
@@ -65,8 +75,12 @@ def study_report(
 ) -> pd.DataFrame:
     """Score studies, a study's probability being the mean over its views (MURA paper, section 3).
 
-    Arguments, result and errors as in `image_report`; `n` and `positives` count studies. Raises
-    PredictionsError also where the images of one study bear two labels.
+    Parameters and result as in `image_report`; `n` and `positives` count studies.
+
+    Raises
+    ------
+    PredictionsError
+        As `image_report`, and where the images of one study bear two labels.
     """
     return _report(study_predictions(predictions), "study", threshold, samples, seed)
 
@@ -74,7 +88,7 @@ def study_report(
 def study_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
     """One row per study: `study`, `label`, `body_part`, `patient`, `split` if given, `probability`, `views`.
 
-    probability: the mean over the study's views, of which there are `views`. Errors as in `study_report`.
+    The probability is the mean over the study's views, of which there are `views`; errors as `study_report`.
     """
     predictions = check(predictions)
     studies = predictions.groupby("study", sort=True, observed=True)
@@ -102,17 +116,34 @@ def paired_difference(
     samples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How much better `a` is than `b`, predictions of the same images: a row per metric of `METRICS`.
+    """How much better `a` is than `b`, two models' predictions of the same images, in any order.
 
-    Columns `value` (a's score minus b's), `low`, `high` (95 %) and `resamples`. The interval is that of the
-    difference: each resample draws patients, and scores both on them, so what is easy or hard about the
-    images falls out. `level`: "image" or "study". Order of rows does not matter (chapter 6).
+    Parameters
+    ----------
+    a, b : DataFrame
+        As for `image_report`, with `path` too.
+    level : {"image", "study"}
+        What is scored.
+    threshold, samples, seed
+        As for `image_report`.
 
-    Raises PredictionsError: other images or labels in `a` than in `b`, an unknown level, and as
-    `image_report` and `study_report`.
+    Returns
+    -------
+    DataFrame
+        A row per metric of `METRICS`: `value` (a's score minus b's), `low` and `high` (its 95 % interval) and
+        `resamples`.
+
+    Raises
+    ------
+    PredictionsError
+        Other images or labels in `a` than in `b`, an unknown level, and as `image_report`, `study_report`.
+
+    Notes
+    -----
+    The interval is that of the difference: each resample draws patients and scores both models on them, so
+    that what is easy or hard about the images falls out (chapter 6).
     """
-    if level not in ("image", "study"):
-        raise PredictionsError(f"level must be 'image' or 'study', not {level!r}.")
+    one_of("level", level, ("image", "study"), PredictionsError)
     key, prepare = ("path", check) if level == "image" else ("study", study_predictions)
     a, b = (prepare(table).sort_values(key, ignore_index=True) for table in (a, b))
     same = [key, "patient", "label"]
@@ -122,9 +153,7 @@ def paired_difference(
             "paired comparison needs both models on the same test set."
         )
     patients, patient = np.unique(a["patient"].to_numpy(), return_inverse=True)
-    scorers = [
-        _Scorer(a["label"].to_numpy(), t["probability"].to_numpy(), patient, threshold) for t in (a, b)
-    ]
+    scorers = [Scorer(a["label"].to_numpy(), t["probability"].to_numpy(), patient, threshold) for t in (a, b)]
 
     def differences(weights: np.ndarray) -> dict[str, np.ndarray]:
         ours, theirs = (scorer(weights) for scorer in scorers)
@@ -134,35 +163,6 @@ def paired_difference(
     table = pd.DataFrame.from_dict(summary, orient="index", columns=["value", "low", "high", "resamples"])
     table.attrs = {"level": level, "threshold": threshold, "samples": samples}
     return table
-
-
-def format_report(report: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
-    """The report for a reader's eye: "0.75 [0.71, 0.79]" per metric, "undefined" where there is none.
-
-    Where the interval rests on fewer resamples than were drawn, the string says on how many.
-    """
-    shown = pd.DataFrame({column: report[column] for column in COUNTS}, index=report.index)
-    for metric, title in METRICS.items():
-        shown[title] = [
-            _cell(row, report.attrs.get("samples"), digits) for row in report[metric].itertuples(index=False)
-        ]
-    shown.attrs = dict(report.attrs)
-    return shown
-
-
-def share_right(rows: pd.DataFrame, right, samples: int = 1000, digits: int = 3) -> str:
-    """The share of `rows` on which something is right, e.g. a router: "0.984 [0.972, 0.993]".
-
-    right: bool (rows,). The 95 % interval is that of `image_report`, over patients.
-    """
-    answered = rows.assign(label=1, probability=np.asarray(right, float))
-    return format_report(image_report(answered, samples=samples), digits).loc["OVERALL", "Accuracy"]
-
-
-def format_difference(differences: pd.DataFrame, metric: str = "auroc", digits: int = 3) -> str:
-    """A row of `paired_difference` for a reader's eye: "+0.041 [+0.001, +0.080]"."""
-    value, low, high = differences.loc[metric, ["value", "low", "high"]]
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def provenance_of(table: pd.DataFrame) -> dict:
@@ -229,7 +229,7 @@ def _generator(seed: int, part: str) -> np.random.Generator:
 
 def _summary(rows: pd.DataFrame, level: str, threshold: float, samples: int, rng) -> dict:
     patients, patient = np.unique(rows["patient"].to_numpy(), return_inverse=True)
-    scorer = _Scorer(rows["label"].to_numpy(), rows["probability"].to_numpy(), patient, threshold)
+    scorer = Scorer(rows["label"].to_numpy(), rows["probability"].to_numpy(), patient, threshold)
     counts = (level, len(rows), len(patients), int(rows["label"].sum()))
     summary = {(column, ""): count for column, count in zip(COUNTS, counts, strict=True)}
     for metric, found in _intervals(scorer, len(patients), len(rows), samples, rng).items():
@@ -241,7 +241,7 @@ def _summary(rows: pd.DataFrame, level: str, threshold: float, samples: int, rng
 def _intervals(score: Callable, patients: int, rows: int, samples: int, rng) -> dict[str, tuple]:
     """By metric: the value, the ends of its 95 % interval, and from how many resamples they come."""
     value = {metric: v[0] for metric, v in score(np.ones((1, patients))).items()}
-    blocks = [score(weights) for weights in _resample(patients, rows, samples, rng)]
+    blocks = [score(weights) for weights in resample(patients, rows, samples, rng)]
     found = {}
     for metric in METRICS:
         drawn = np.concatenate([block[metric] for block in blocks]) if blocks else np.empty(0)
@@ -253,7 +253,7 @@ def _intervals(score: Callable, patients: int, rows: int, samples: int, rng) -> 
     return found
 
 
-def _resample(patients: int, rows: int, samples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def resample(patients: int, rows: int, samples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Blocks of weights, float64 (resamples, patients): how often each patient was drawn."""
     block = max(1, _CELLS // max(patients, rows))
     for start in range(0, samples, block):
@@ -262,7 +262,7 @@ def _resample(patients: int, rows: int, samples: int, rng: np.random.Generator) 
         yield np.bincount(drawn.ravel(), minlength=size * patients).reshape(size, patients).astype(float)
 
 
-class _Scorer:
+class Scorer:
     """All metrics under many weightings of the patients at once; sorts and counts only once.
 
     Called with weights (resamples, patients), returns {metric: float64 (resamples,)}, NaN where undefined.
@@ -306,12 +306,3 @@ class _Scorer:
         below = np.cumsum(normal, axis=1) - normal / 2
         pairs = np.einsum("rg,rg->r", abnormal, below)
         return pairs / (abnormal.sum(axis=1) * normal.sum(axis=1))
-
-
-def _cell(row, samples: int | None, digits: int) -> str:
-    if np.isnan(row.value):
-        return "undefined"
-    if np.isnan(row.low):
-        return f"{row.value:.{digits}f} [no interval]"
-    text = f"{row.value:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
-    return text if samples in (None, row.resamples) else f"{text} ({row.resamples} of {samples} resamples)"
