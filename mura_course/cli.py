@@ -14,9 +14,10 @@ from .errors import MuraError, printable
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `mura-course`; returns the exit code: 0 well, 1 an error that is printed, or data with problems."""
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("run")
     try:
-        return options.run(options) or 0
+        return command(**options) or 0
     except (MuraError, OSError, ValueError) as error:
         print(f"mura-course: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -42,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--studies", type=_number, default=2000, help="train and test together (2000)")
     demo.add_argument("--seed", type=int, default=0, help="another seed, other patients (0)")
     demo.add_argument("--long-side", type=_number, default=320, help="longest side in pixels (320)")
-    demo.add_argument("--text-free", action="store_true", help="the same films without burned-in text")
+    demo.add_argument(
+        "--text-free", dest="text", action="store_false", help="the same films without burned-in text"
+    )
     demo.add_argument("--workers", type=_number, help="processes (one a core)")
     demo.set_defaults(run=_demo)
 
@@ -69,57 +72,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(out: Path, studies: int, seed: int, long_side: int, text: bool, workers: int | None) -> None:
     import mura_demo
 
     from .paths import cache_dir
 
-    rendered = mura_demo.write_demo(
-        options.out,
-        options.studies,
-        seed=options.seed,
-        long_side=options.long_side,
-        text=not options.text_free,
-        workers=options.workers,
-        cache=cache_dir(),
-    )
-    print(f"{rendered}\nTo use it, set MURA_DATA to this folder.")
+    folder = mura_demo.write_demo(out, studies, seed, long_side, text, workers, cache=cache_dir())
+    print(f"{folder}\nTo use it, set MURA_DATA to this folder.")
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(data: Path, out: Path | None, workers: int | None) -> int:
     from .data import check
 
-    folder = options.data.expanduser()
+    folder = data.expanduser()
     if folder.is_file():
-        folder = check.extract(folder, options.out)
-    elif options.out:
+        folder = check.extract(folder, out)
+    elif out:
         raise ValueError(f"--out says where to unpack a zip file, and {folder} is none. Leave it out.")
-    table = check.check(folder, workers=options.workers)
+    table = check.check(folder, workers=workers)
     print(check.report(table))
     return 0 if table.empty else 1
 
 
-def _remove_text(options: argparse.Namespace) -> None:
+def _remove_text(data: Path, out: Path, detector: str, workers: int | None) -> None:
     from .text import clean_dataset
 
-    record = clean_dataset(options.data, options.out, options.detector, options.workers)
-    print(
-        f"{options.out}: {record['films']:,} films; the detector {record['detector']} found text in "
-        f"{record['films_with_text']:,}, in {record['boxes']:,} boxes.\n"
-        "To use it, set MURA_DATA to this folder."
-    )
+    record = clean_dataset(data, out, detector, workers)
+    found = f"found text in {record['films_with_text']:,}, in {record['boxes']:,} boxes"
+    print(f"{out}: {record['films']:,} films; the detector {detector} {found}.")
+    print("To use it, set MURA_DATA to this folder.")
 
 
-def _list_runs(options: argparse.Namespace) -> None:
+def _list_runs() -> None:
     from . import runs
 
     table = runs.list_runs()
-    print(
-        table.to_string() if len(table) else "There are no finished runs yet: they appear as chapters train."
-    )
+    print(table.to_string() if len(table) else "There are no runs yet: they appear as chapters train.")
 
 
-def _diff_runs(options: argparse.Namespace) -> None:
+def _diff_runs(a: Path, b: Path) -> None:
     from . import runs
 
-    print(runs.diff(options.a, options.b).to_string())
+    print(runs.diff(a, b).to_string())

@@ -20,19 +20,25 @@ from filelock import FileLock, Timeout
 
 from .errors import DiskError
 
-REMEDY = "Make room or allow writing there, or set the environment variable {} to another folder."
+
+def remedy(variable: str) -> str:
+    """What to do about a disk that refuses; without a `variable` to set, the caller named the folder."""
+    other = (
+        f"set the environment variable {variable} to another folder" if variable else "name another folder"
+    )
+    return f"Make room or allow writing there, or {other}."
 
 
 @contextlib.contextmanager
 def named(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
-    """Turn the disk's own errors into one that names `path`, the reason and the `variable` to set."""
+    """Turn the disk's own errors into one that names `path`, the reason and the `variable` to set ("": none)."""
     try:
         yield
     except DiskError:
         raise
     except OSError as error:
         reason = error.strerror or error
-        raise DiskError(f"{path} cannot be written ({reason}). {REMEDY.format(variable)}") from error
+        raise DiskError(f"{path} cannot be written ({reason}). {remedy(variable)}") from error
 
 
 @contextlib.contextmanager
@@ -124,21 +130,21 @@ def read_bytes(file: Path, most: int = 64 << 20) -> bytes:
     return file.read_bytes()
 
 
-def read_json(file: Path, remedy: str) -> dict[str, Any]:
+def read_json(file: Path, advice: str) -> dict[str, Any]:
     """The JSON object in `file`.
 
     Raises
     ------
     DiskError
-        The file does not exist, cannot be read or holds no JSON object; the message ends with `remedy`.
+        The file does not exist, cannot be read or holds no JSON object; the message ends with `advice`.
     """
     try:
         content = json.loads(read_bytes(file).decode())
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise DiskError(f"{file} cannot be read ({reason}). {remedy}") from error
+        raise DiskError(f"{file} cannot be read ({reason}). {advice}") from error
     if not isinstance(content, dict):
-        raise DiskError(f"{file} holds no JSON object. {remedy}")
+        raise DiskError(f"{file} holds no JSON object. {advice}")
     return content
 
 
@@ -153,4 +159,4 @@ def require_room(folder: Path, needed: int, variable: str = "MURA_CACHE") -> Non
     free = shutil.disk_usage(folder).free
     if needed > free:
         sizes = f"{needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free"
-        raise DiskError(f"{folder} has too little room: {sizes}. {REMEDY.format(variable)}")
+        raise DiskError(f"{folder} has too little room: {sizes}. {remedy(variable)}")
