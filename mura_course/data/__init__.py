@@ -1,0 +1,22 @@
+"""Room `data`: from a folder in MURA's layout to batches of images. Chapters 1, 3 and 4 explain it.
+
+Knows the foundation; no framework, no later stage. The module `check` compares a folder with
+what it must hold.
+"""
+
+# ruff: noqa: F401 - the room's public names
+from .index import (
+    BODY_PARTS,
+    COLUMNS,
+    SPLITS,
+    describe,
+    distribution_table,
+    find_root,
+    fingerprint,
+    image_path,
+    image_paths,
+    load_index,
+    load_truth,
+    pixel_key,
+)
+from .splits import sample_patients, split_dev

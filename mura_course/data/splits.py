@@ -1,0 +1,91 @@
+"""Room `data`: take a development set out of the training images, or fewer patients. Chapter 3 explains it.
+
+Reads an index and returns another; touches no file. Knows `index` and scikit-learn.
+"""
+
+from __future__ import annotations
+
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+
+from ..errors import DataError, one_of
+
+
+def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", seed: int = 0) -> pd.DataFrame:
+    """Move about `fraction` of the train images to ``dev`` (KL 1.3, KN 4), stratified by body part and label.
+
+    Parameters
+    ----------
+    index : DataFrame
+        What `load_index` returns.
+    fraction : float
+        Above 0, at most 0.5.
+    by : {"patient", "image"}
+        "patient" keeps all images of a patient on one side; "image" is the reports' split, which lets a
+        patient stand on both.
+    seed : int
+        The same seed gives the same split, whatever the order of the rows.
+
+    Returns
+    -------
+    DataFrame
+        A copy of `index` with another ``split``.
+
+    Raises
+    ------
+    DataError
+        A value outside its range, an index with a dev set or without train images, or too few of them.
+
+    Notes
+    -----
+    The images are dealt into folds. Those become dev whose body parts and labels are nearest to the whole's:
+    3 of 20 folds for 0.15. A body part with fewer patients than folds may be missing from dev.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # slow to import
+
+    one_of("by", by, ("patient", "image"))
+    if not 0 < fraction <= 0.5:
+        raise DataError(f"fraction={fraction!r}: it must lie above 0 and be at most 0.5, for example 0.1.")
+    if index["split"].eq("dev").any():
+        raise DataError("This index has a dev set already. Split the index that load_index returns, once.")
+    train = index[index["split"].eq("train")].sort_values("path")
+    strata = (train["body_part"].astype(str) + train["label"].astype(str)).to_numpy()
+    part = Fraction(fraction).limit_denominator(20) or Fraction(1, round(1 / fraction))
+    splitter = StratifiedGroupKFold if by == "patient" else StratifiedKFold
+    folds = splitter(part.denominator, shuffle=True, random_state=seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # fewer of a class than folds: see the notes
+            sides = [rows for _, rows in folds.split(strata, strata, train["patient"].astype("int64"))]
+    except ValueError:  # scikit-learn's, on too few images
+        sides = []
+    counts = np.array([[np.sum(strata[rows] == s) for s in np.unique(strata)] for rows in sides])
+    if not len(counts) or not counts.any(axis=1).all():
+        raise DataError(
+            f"{len(train):,} train images of {train['patient'].nunique():,} patients are too few for "
+            f"{part.denominator} folds with all body parts and labels. Take more data, or another fraction."
+        )
+    away = ((counts - counts.mean(0)) ** 2 / counts.mean(0)).sum(1).round(9)
+    nearest = np.argsort(away, kind="stable")[: part.numerator]
+    dev = train["path"].iloc[np.concatenate([sides[n] for n in nearest])]
+    return index.assign(split=index["split"].mask(index["path"].isin(dev), "dev"))
+
+
+def sample_patients(split: pd.DataFrame, fraction: float, seed: int = 0) -> pd.DataFrame:
+    """Keep a random `fraction` of the train and dev patients, at least two of each, and all test images.
+
+    A fraction of 1 or more keeps everything. The same seed gives the same patients.
+    """
+    if fraction >= 1:
+        return split
+    keep = split["split"].eq("test")
+    for number, side in enumerate(("train", "dev")):
+        patients = np.sort(split.loc[split["split"].eq(side), "patient"].unique())
+        # Sorting draws: a choice that no NumPy version may change.
+        order = np.argsort(np.random.default_rng((seed, number)).random(len(patients)), kind="stable")
+        chosen = patients[order[: max(2, round(fraction * len(patients)))]]
+        keep |= split["split"].eq(side) & split["patient"].isin(chosen)
+    return split[keep]
