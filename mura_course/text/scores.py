@@ -1,13 +1,12 @@
-"""How well text was removed, measured where the truth is known: on the demo data (chapter 2).
+"""Room text: how well text was removed, measured where the truth is known: on the demo data. Chapter 2.
 
 Renders the chosen films anew with what is known about them. A *text pixel* is one that differs between a film
 and its text-free twin; a *bone pixel* one whose ray crosses more than `BONE` mm of bone inside the collimated
-field, and is no text pixel; a *metal pixel* likewise. Writes nothing.
+field, and is no text pixel. Writes nothing but the renderer's bones, in the cache folder.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,32 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .errors import DataError
-from .text_detection import Found
+import mura_demo
+from mura_demo import film as films
+from mura_demo import studies
 
-BONE = METAL = 0.5  # mm
+from ..errors import DataError
+from ..paths import cache_dir
+from .boxes import Found
+
+BONE = 0.5  # mm
 KINDS = ("side letter", "side letter and more", "date", "word")
 
 
 @dataclass(frozen=True, eq=False)
 class KnownFilm:
-    """A demo film and its truth, all (H, W): `image` and text-free `twin`, uint8; `bone`, `metal`, bool.
+    """A demo film and its truth.
 
-    texts: (text, x0, y0, x1, y1) of what is burned in. patient: for intervals over patients.
+    Attributes
+    ----------
+    path, patient : str, int
+        As in the index; intervals are over patients.
+    image, twin : ndarray
+        uint8 (H, W): the film, and the same without text.
+    bone : ndarray
+        bool (H, W).
+    texts : list of tuple
+        (text, x0, y0, x1, y1) of what is burned in, in pixels.
     """
 
     path: str
@@ -35,80 +48,79 @@ class KnownFilm:
     image: np.ndarray
     twin: np.ndarray
     bone: np.ndarray
-    metal: np.ndarray
     texts: list[tuple]
 
     @property
     def text(self) -> np.ndarray:
-        """bool (H, W): where film and twin differ."""
+        """Where film and twin differ, bool (H, W)."""
         return self.image != self.twin
 
 
 def known_films(root: str | Path, paths: list[str]) -> Iterator[KnownFilm]:
-    """The demo films at `paths`, rendered anew with their truth, study by study, about 25 a second.
+    """Render demo films anew with their truth, study by study, about 25 a second.
 
-    root: a demo data folder, or a cleaned copy of one. Raises DataError where it is not demo data of this
-    version of the package.
+    Parameters
+    ----------
+    root : path
+        A demo data folder, or a cleaned copy of one.
+    paths : list of str
+        Films, as the index names them.
+
+    Raises
+    ------
+    DataError
+        The folder holds no demo data of this version of the renderer.
     """
-    from .radiographs.dataset import recipe
-    from .radiographs.studies import plan
-
-    note = Path(root, "manifest.json")
-    made = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    if made.get("recipe") != recipe():
-        raise DataError(f"{root} holds no demo data of this version: there is no truth to measure against.")
-    studies = {study.folder: study for study in plan(made["studies"], made["seed"])}
+    try:
+        made = mura_demo.read_manifest(Path(root))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    planned = {study.folder: study for study in studies.plan(made["studies"], made["seed"])}
     for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
-        for film in _film_study(studies[folder], made["seed"], made["long_side"]):
+        for film in _film_study(planned[folder], made["seed"], made["long_side"]):
             if film.path in paths:
                 yield film
 
 
-def _film_study(study, seed: int, long_side: int) -> Iterator[KnownFilm]:
-    """As `radiographs.studies.film_study`, which does not hand out the bones; a test holds them together."""
-    from .radiographs.dataset import bone_cache
-    from .radiographs.film import shutters, take
-    from .radiographs.projection import Room, Settings
-    from .radiographs.studies import make_scene
-
-    room = Room.sample(study.rng(seed, 4))
-    settings = [
-        Settings.sample(study.part, study.digit, view, long_side, study.rng(seed, 1, i), room)
-        for i, view in enumerate(study.views)
-    ]
-    scene, _ = make_scene(study, seed, settings, bone_cache())
+def _film_study(study: studies.Study, seed: int, long_side: int) -> Iterator[KnownFilm]:
+    """As `studies.film_study`, which does not hand out the bones; a test holds them together."""
+    scene, settings, _ = studies.set_up(study, seed, long_side, cache_dir() / "bones")
     for i, setting in enumerate(settings, start=1):
-        film = take(scene, setting, steps=(steps := {}))
+        film = films.take(scene, setting, steps=(steps := {}))
         image = film.image if film.image.ndim == 2 else film.image[..., 0]
-        field = shutters(setting)[0] > 0.5
-        bone, metal = field & (steps["bone"] > BONE), field & (steps["metal"] > METAL)
+        bone = (films.shutters(setting)[0] > 0.5) & (steps["bone"] > BONE)
         path = f"{study.folder}/image{i}.png"
-        yield KnownFilm(path, study.patient, image, steps["plain"], bone, metal, film.text_boxes)
+        yield KnownFilm(path, study.patient, image, steps["plain"], bone, film.text_boxes)
 
 
 def kind(text: str) -> str:
-    """Which of `KINDS` a burned-in text is."""
+    """Tell which of `KINDS` a burned-in text is."""
     if "/" in text:
         return "date"
     side = text[:1] in ("L", "R") and text[1:2] in ("", " ")
     return ("side letter" if len(text) == 1 else "side letter and more") if side else "word"
 
 
-def score(film: KnownFilm, found: Found, clean: np.ndarray) -> dict[str, float]:
-    """Counts for one film, for `summary` to add up; and, where there is text, how like the twin it is.
+def score(film: KnownFilm, found: Found, clean: np.ndarray) -> dict[str, float | str]:
+    """Count for one film what `summary` adds up.
 
-    clean: uint8 (H, W), the film without what was `found`. A mark counts as found where more than half of its
-    text pixels were repainted. left: what is left of the text, the sum of |clean - twin| over text pixels;
-    contrast: that sum before. Before and after: squared error and structural similarity to the twin.
+    Parameters
+    ----------
+    film : KnownFilm
+        From `known_films`.
+    found, clean : Found, ndarray
+        What a detector found, and the film without it, uint8 (H, W).
+
+    Returns
+    -------
+    dict
+        patient, path, and counts of pixels and marks. A mark is found where more than half of its text pixels
+        are repainted. Of films with text, before and after: squared error and `ssim` to the twin.
     """
-    text, mask = film.text, found.mask
+    text, bone, mask = film.text, film.bone & ~film.text, found.mask
     counts = {"text": text.sum(), "text removed": (text & mask).sum()}
-    for name in ("bone", "metal"):
-        tissue = getattr(film, name) & ~text
-        counts |= {name: tissue.sum(), f"{name} touched": (tissue & mask).sum()}
+    counts |= {"bone": bone.sum(), "bone touched": (bone & mask).sum()}
     counts |= {"film": mask.size, "film touched": (mask & ~text).sum()}
-    for name, image in (("contrast", film.image), ("left", clean)):
-        counts[name] = np.abs(image.astype(int) - film.twin)[text].sum()
     for word, x0, y0, x1, y1 in film.texts:
         place = np.s_[max(0, y0) : y1 + 1, max(0, x0) : x1 + 1]
         if marked := text[place].sum():
@@ -137,40 +149,47 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(map_[5:-5, 5:-5].mean())
 
 
-SHARES = {
+# What `summary` divides by what.
+FRACTIONS = {
+    **{f"{name} touched": name for name in ("bone", "film")},
     "text removed": "text",
-    "bone touched": "bone",
-    "metal touched": "metal",
-    "film touched": "film",
-    "left": "contrast",
     **{f"{name} found": name for name in KINDS},
     **{f"ssim {when}": "films with text" for when in ("before", "after")},
     **{f"square {when}": "their pixels" for when in ("before", "after")},
 }
-"""What `summary` divides by what."""
 
 
 def summary(scores: pd.DataFrame, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Shares over all films with their 95 % interval, a row each: columns value, low, high, n (denominator).
+    """Fractions over all films with their intervals.
 
-    scores: a row per film, from `score`. Rows: `SHARES`, pixels or marks summed over films, then divided; of
-    films with text, mean SSIM, and PSNR in dB from their mean squared error. The interval is the percentile
-    interval of a bootstrap over patients; NaN where nothing was there to count.
+    Parameters
+    ----------
+    scores : DataFrame
+        A row a film, from `score`.
+    samples, seed : int
+        Of the bootstrap over patients.
+
+    Returns
+    -------
+    DataFrame
+        A row for each of `FRACTIONS` that can be counted: value, low, high (95 % percentile interval) and n
+        (what was divided by). Pixels or marks are summed over films, then divided. Of films with text, the
+        mean SSIM, and the PSNR in decibels from their mean squared error.
     """
-    patients = scores.drop(columns="path").fillna(0.0).groupby("patient").sum()
-    drawn = np.random.default_rng(seed).integers(len(patients), size=(samples, len(patients)))
+    names, number = np.unique(scores["patient"], return_inverse=True)
+    counts = scores.drop(columns=["path", "patient"]).fillna(0.0)
+    patients = {key: np.bincount(number, counts[key]) for key in counts}
+    drawn = np.random.default_rng(seed).integers(len(names), size=(samples, len(names)))
     rows = {}
-    for name, whole in SHARES.items():
-        if not {name, whole} <= set(patients):
+    for name, whole in FRACTIONS.items():
+        if name not in patients or not patients[whole].any():
             continue
-        top, bottom = patients[name].to_numpy(), patients[whole].to_numpy()
-        with np.errstate(invalid="ignore", divide="ignore"):
+        top, bottom = patients[name], patients[whole]
+        with np.errstate(invalid="ignore", divide="ignore"):  # a draw without the thing; equal images' PSNR
             resampled = top[drawn].sum(axis=1) / bottom[drawn].sum(axis=1)
-            value = top.sum() / bottom.sum()
-        low, high = np.nanpercentile(resampled, [2.5, 97.5]) if bottom.any() else (np.nan, np.nan)
-        numbers = np.array([value, low, high])
-        if name.startswith("square"):
-            with np.errstate(divide="ignore"):  # equal images: infinitely many decibels
+            low, high = np.nanpercentile(resampled, [2.5, 97.5])
+            numbers = np.array([top.sum() / bottom.sum(), low, high])
+            if name.startswith("square"):
                 name, numbers = name.replace("square", "psnr"), 10 * np.log10(255**2 / numbers[[0, 2, 1]])
         rows[name] = dict(zip(("value", "low", "high"), numbers, strict=True)) | {"n": int(bottom.sum())}
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,9 @@
+"""Room text: finds text burned into films and removes it. Chapter 2 explains it.
+
+Uses `data` for whole data sets, and no framework: keras-ocr's runs in a process of its own.
+"""
+
+from .boxes import Found, TextBox
+from .removal import DETECTORS, clean_dataset, get_detector, inpaint, remove_text
+
+__all__ = ["DETECTORS", "Found", "TextBox", "clean_dataset", "get_detector", "inpaint", "remove_text"]
