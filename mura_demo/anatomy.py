@@ -1,9 +1,11 @@
 """The arm behind a demo radiograph: the seven body parts, the patients, and how they are positioned.
 
-Writes nothing.  A `Scene` is one study in 3-D: bones as
-point clouds plus whatever a finding changed; `film.py` looks at it, `findings.py` edits it.  Explained in
-the appendix `a_demo_radiographs`.  Lengths in mm, angles in radians.
+Writes nothing.  A `Scene` is one study in 3-D: bones as point clouds plus whatever a finding changed;
+`film.py` looks at it, `findings.py` edits it.  Explained in the appendix `a_demo_radiographs`.  Lengths in
+mm, angles in radians.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -85,7 +87,20 @@ PARTS = {
 
 @cache
 def clouds(part: str, folder: Path) -> dict[str, Cloud]:
-    """Clouds of every bone of a body part, by name, from the cache in `folder` (built on first use)."""
+    """Load the clouds of every bone of a body part; they are built on first use.
+
+    Parameters
+    ----------
+    part : str
+        A key of `PARTS`.
+    folder : Path
+        Where the clouds are kept.
+
+    Returns
+    -------
+    dict
+        `Cloud` by bone.
+    """
     keys: list[CloudKey] = [(bone, pitch, window) for bone, window, pitch in PARTS[part].bones]
     return {key[0]: cloud for key, cloud in load_clouds(keys, folder).items()}
 
@@ -103,8 +118,8 @@ class Patient:
     bend: np.ndarray  # (4,) amplitudes (mm) and phases of a slow bend
 
     @classmethod
-    def sample(cls, seed: int, number: int) -> "Patient":
-        """The patient with this number in the data set with this seed."""
+    def sample(cls, seed: int, number: int) -> Patient:
+        """Draw the patient with this number in the data set with this seed."""
         rng = np.random.default_rng([seed, number, 0])
         scale, density = np.clip(rng.normal(1, 0.06), 0.85, 1.15), np.clip(rng.normal(1, 0.10), 0.75, 1.25)
         return cls(
@@ -132,11 +147,22 @@ class Scene:
     tags: list[tuple[str, np.ndarray]] = field(default_factory=list)  # body, points of the finding
 
     def frames(self, angles: dict[str, float]) -> dict[str, tuple]:
-        """World frame of every body in this study, in a pose."""
+        """Place every body of this study in a pose.
+
+        Parameters
+        ----------
+        angles : dict
+            Joint angles in radians; joints that are left out are at rest.
+
+        Returns
+        -------
+        dict
+            By body: rotation (3, 3) and origin (3,) in mm, in the world.
+        """
         return skeleton().pose(angles, self.moved)
 
     def body(self, bone: str) -> str:
-        """Body of the joint tree that carries a bone."""
+        """Name the body of the joint tree that carries a bone."""
         return skeleton().body_of[bone]
 
 
@@ -149,7 +175,23 @@ UP = np.array([0, 1.0, 0])
 
 
 def position(part: str, view: str, rng: np.random.Generator) -> tuple[dict[str, float], np.ndarray]:
-    """Joint angles and camera of a view ("AP", "OBL" or "LAT") as a radiographer would set it up, roughly."""
+    """Position a patient for a view, roughly as a radiographer would.
+
+    Parameters
+    ----------
+    part : str
+        A key of `PARTS`.
+    view : str
+        "AP" (from the front), "OBL" (oblique) or "LAT" (from the side).
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    angles : dict
+        Joint angles in radians.
+    camera : ndarray (3, 3)
+        Rows: the world direction of the film's right, of its down, and of the beam.
+    """
     if part in ("HAND", "FINGER", "WRIST"):
         angles, camera = _position_hand(view, rng)
     elif part in ("ELBOW", "FOREARM"):
@@ -205,7 +247,22 @@ def _position_shoulder(part, view, rng):
 
 
 def aim(part: str, digit: int, frames: dict[str, tuple]) -> np.ndarray:
-    """World point (mm) on which a film of the part is centred."""
+    """Find the point on which a film is centred.
+
+    Parameters
+    ----------
+    part : str
+        A key of `PARTS`.
+    digit : int
+        The finger of a FINGER study, 1 (thumb) to 5.
+    frames : dict
+        What `Scene.frames` returns.
+
+    Returns
+    -------
+    ndarray (3,)
+        In the world, mm.
+    """
 
     def point(body: str, *local: float) -> np.ndarray:
         rotation, origin = frames[body]

@@ -5,6 +5,8 @@ the label, so a classifier on it must not beat a coin.  Reads films and truth.cs
 the appendix `a_demo_radiographs` and by `benchmarks/demo_shortcuts.py`.
 """
 
+from __future__ import annotations
+
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,18 @@ KEYS = ["body_part", "patient", "label", "finding"]
 
 
 def frame_features(index: pd.DataFrame) -> pd.DataFrame:
-    """What the frame of every film of a demo index says, one row per film, and the columns `KEYS`."""
+    """Measure what the frame of every film says.
+
+    Parameters
+    ----------
+    index : DataFrame
+        A row a demo film, columns path, body_part, patient and label; ``attrs["root"]`` is the data folder.
+
+    Returns
+    -------
+    DataFrame
+        A row a film: the columns `KEYS`, and what its size, mode, text and background are, as numbers.
+    """
     root = Path(index.attrs["root"])
     truth = pd.read_csv(root / "truth.csv", keep_default_na=False).set_index("path").loc[index.path]
     with ThreadPoolExecutor() as pool:
@@ -35,6 +48,8 @@ def frame_features(index: pd.DataFrame) -> pd.DataFrame:
 
 def _frame(path: Path, text_boxes: str) -> dict[str, float]:
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise OSError(f"{path} cannot be read. Render the data again: mura-course demo.")
     grey = image if image.ndim == 2 else image[..., 0]
     height, width = grey.shape
     edges = {"top": grey[:3], "bottom": grey[-3:], "left": grey[:, :3], "right": grey[:, -3:]}
@@ -63,10 +78,18 @@ def _frame(path: Path, text_boxes: str) -> dict[str, float]:
 def stratified_auroc(
     label: np.ndarray, score: np.ndarray, stratum: np.ndarray, weight: np.ndarray | None = None
 ) -> np.ndarray:
-    """AUROC over pairs of films of the same stratum; ties count half.
+    """Compute the AUROC over pairs of films of the same stratum; ties count half.
 
-    label, score, stratum: (N,).  weight: (B, N), how often each film counts in each of B resamples.
-    Returns (B,), or (1,) without weights; nan where no stratum has both labels.
+    Parameters
+    ----------
+    label, score, stratum : ndarray (N,)
+    weight : ndarray (B, N), optional
+        How often each film counts in each of B resamples.
+
+    Returns
+    -------
+    ndarray (B,), or (1,) without weights
+        NaN where no stratum has both labels.
     """
     weight = np.ones((1, len(label))) if weight is None else weight
     won, pairs = np.zeros(len(weight)), np.zeros(len(weight))
@@ -82,16 +105,32 @@ def stratified_auroc(
 
 
 def shortcut_table(features: pd.DataFrame, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """AUROC of gradient boosting on the frame, for all findings and each: auroc, low, high, films, patients.
+    """Score gradient boosting on the frame, for all findings and for each.
 
-    Cross-validated in five folds with no patient on two sides; the 95 % interval is a bootstrap over
-    patients.  Pairs are compared within a body part, since parts differ in shape and, in MURA too, in their
-    share of abnormal films: that much any classifier may know.  And within a fold: a fold with more abnormal
-    films leaves fewer to learn from, so across folds a blind model ranks worse than a coin.
+    Parameters
+    ----------
+    features : DataFrame
+        What `frame_features` returns.
+    samples : int
+        Resamplings of the patients behind the intervals.
+    seed : int
+        Of folds, model and resampling.
+
+    Returns
+    -------
+    DataFrame
+        A row a finding: auroc, its 95 % interval low to high, films, patients.
+
+    Notes
+    -----
+    Cross-validated in five folds with no patient on two sides; the interval is a bootstrap over patients.
+    Pairs are compared within a body part, since parts differ in shape and, in MURA too, in their fraction of
+    abnormal films: that much any classifier may know.  And within a fold: a fold with more abnormal films
+    leaves fewer to learn from, so across folds a blind model ranks worse than a coin.
     """
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for finding in ["all", *sorted(set(features.finding) - {"none"})]:
-        films = features[features.finding.isin(["none", finding])] if finding != "all" else features
+        films = features if finding == "all" else features.query("finding in ['none', @finding]")
         score, fold = _out_of_fold(films, seed)
         label, stratum = films.label.to_numpy(), films.body_part.astype(str) + fold.astype(str)
         patients, patient = np.unique(films.patient, return_inverse=True)

@@ -8,8 +8,11 @@ All lengths are millimetres.  A bone's local frame is that of its body in the mo
 hanging arm points to -y), z to the right.  Only right bones exist; left films are mirrored later.
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib.util
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,10 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-CARPALS = "scaphoid lunate triquetrum pisiform trapezium trapezoid capitate hamate".split()
+CARPALS = [
+    *("scaphoid", "lunate", "triquetrum", "pisiform"),
+    *("trapezium", "trapezoid", "capitate", "hamate"),
+]
 METACARPALS = [f"{i}mc" for i in range(1, 6)]
 PROXIMAL = ["thumbprox", *(f"{i}proxph" for i in range(2, 6))]
 MIDDLE = [f"{i}midph" for i in range(2, 6)]
@@ -69,7 +75,7 @@ class Cloud(NamedTuple):
 
 
 def models_folder() -> Path:
-    """Folder of MyoSim's models; raises ModuleNotFoundError, with the remedy, where there is none."""
+    """Find the folder of MyoSim's models; raises FileNotFoundError, with the remedy, where there is none."""
     spec = importlib.util.find_spec("myo_sim")  # found, not imported: importing it would load MuJoCo
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError("The demo films need the bone meshes of myo-sim: pip install myo-sim")
@@ -77,7 +83,23 @@ def models_folder() -> Path:
 
 
 def read_stl(path: Path) -> np.ndarray:
-    """Triangles of a binary STL file as (T, 3, 3) float64 in mm (the files are in metres)."""
+    """Read a mesh.
+
+    Parameters
+    ----------
+    path : Path
+        A binary STL file, in metres.
+
+    Returns
+    -------
+    ndarray (T, 3, 3) float64
+        Corners of the triangles, in mm.
+
+    Raises
+    ------
+    ValueError
+        The file is not whole.
+    """
     raw = np.fromfile(path, np.uint8)
     count = int(raw[80:84].view("<u4")[0]) if len(raw) >= 84 else -1
     if count < 1 or len(raw) != 84 + 50 * count:
@@ -103,7 +125,7 @@ def close_mesh(triangles: np.ndarray) -> np.ndarray:
 
 
 def surface_samples(triangles: np.ndarray, step: float, rng: np.random.Generator) -> np.ndarray:
-    """Points spread evenly over the surface, about six per step^2, and every corner: (M, 3) mm."""
+    """Spread points evenly over a surface, about six per step^2, and on every corner: (M, 3) in mm."""
     a, b, c = triangles[:, 0], triangles[:, 1], triangles[:, 2]
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
     i = np.repeat(np.arange(len(area)), rng.poisson(area * 6 / step**2) + 1)
@@ -116,21 +138,41 @@ def surface_samples(triangles: np.ndarray, step: float, rng: np.random.Generator
 
 def solidify(
     triangles: np.ndarray, pitch: float, bone: str, window: tuple[float, float], rng: np.random.Generator
-):
-    """Voxels inside a mesh that may have holes: (X, Y, Z) bool, and the corner of the grid in mm.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the voxels inside a mesh that may have holes.
 
+    Parameters
+    ----------
+    triangles : ndarray (T, 3, 3)
+        In mm.
+    pitch : float
+        Edge of a voxel, mm.
+    bone : str
+        Thin and coarse bones are treated differently.
+    window : tuple of float
+        The stretch of y (mm) that is worked out, with a margin for the filters.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    inside : ndarray (X, Y, Z) bool
+    low : ndarray (3,)
+        Corner of the grid, mm.
+
+    Notes
+    -----
     A plain 3-D fill leaks through every gap, so 2-D slices along the three axes are filled and vote.
-    Only the stretch of y in `window` is worked out, with a margin for the filters.
     """
     samples = surface_samples(close_mesh(triangles), pitch, rng)
     margin = 8 * pitch + 4
     samples = samples[(samples[:, 1] > window[0] - margin) & (samples[:, 1] < window[1] + margin)]
     low = samples.min(0) - 6 * pitch
-    shape = np.ceil((samples.max(0) - low) / pitch).astype(int) + 6
+    shape = tuple(np.ceil((samples.max(0) - low) / pitch).astype(int) + 6)
     shell = np.zeros(shape, bool)
     shell[tuple(((samples - low) / pitch).astype(int).T)] = True
     shell = ndimage.binary_closing(shell, iterations=2)
-    filled = fill_pockets(sum(fill_slices(shell, axis) for axis in range(3)) >= 2)
+    votes = fill_slices(shell, 0) + fill_slices(shell, 1) + fill_slices(shell, 2)
+    filled = fill_pockets(votes >= 2)
     if bone in LOW_POLY:
         filled = fill_pockets(ndimage.binary_closing(filled, iterations=2))
     smooth = TISSUE[bone].smooth or max(0.45, pitch)
@@ -153,12 +195,13 @@ def fill_slices(solid: np.ndarray, axis: int) -> np.ndarray:
 
 def fill_pockets(solid: np.ndarray) -> np.ndarray:
     """Fill whatever the outside cannot reach; the grid's corner is outside."""
-    regions, _ = ndimage.label(~solid)
+    regions = np.empty(solid.shape, np.int32)
+    ndimage.label(~solid, output=regions)
     return regions != regions[0, 0, 0]
 
 
 def octave_noise(shape: tuple[int, ...], sigmas: list[float], rng: np.random.Generator) -> np.ndarray:
-    """Smooth noise of unit variance: the sum of one blurred white noise per sigma (voxels)."""
+    """Make smooth noise of unit variance: the sum of one blurred white noise per sigma (voxels)."""
     total = np.zeros(shape, np.float32)
     for sigma in sigmas:
         noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma)
@@ -169,14 +212,25 @@ def octave_noise(shape: tuple[int, ...], sigmas: list[float], rng: np.random.Gen
 def build_cloud(bone: str, pitch: float, window: tuple[float, float]) -> Cloud:
     """Fill a bone with mineral: compact cortex, spongy ends, an almost empty canal along the shaft.
 
-    window: the stretch of local y (mm) to keep, for parts that need one end of a long bone only.
+    Parameters
+    ----------
+    bone : str
+        Name of its mesh.
+    pitch : float
+        Edge of a voxel, mm.
+    window : tuple of float
+        The stretch of local y (mm) to keep, for parts that need one end of a long bone only.
+
+    Returns
+    -------
+    Cloud
     """
     rng = np.random.default_rng(list(bone.encode()))
     triangles = read_stl(models_folder() / "meshes" / f"{bone}.stl")
     if bone == "thorax":
         triangles = triangles[triangles[..., 2].mean(1) > -40]  # the half beside the arm
     inside, low = solidify(triangles, pitch, bone, window, rng)
-    depth = ndimage.distance_transform_edt(inside).astype(np.float32) * pitch - 0.5 * pitch
+    depth = np.asarray(ndimage.distance_transform_edt(inside), np.float32) * pitch - 0.5 * pitch
     inside = depth > 0.25 * pitch  # the rasterised surface stands half a voxel proud of the true one
     voxels = np.argwhere(inside)
     depth = depth[inside]
@@ -195,11 +249,12 @@ def build_cloud(bone: str, pitch: float, window: tuple[float, float]) -> Cloud:
     flesh = np.interp((ends[1] - y) / (ends[1] - ends[0]), knots, TISSUE[bone].flesh)
     keep = (y > window[0]) & (y < window[1])
     columns = (points, density * pitch**3, depth, flesh)
-    return Cloud(*(np.ascontiguousarray(c[keep], np.float32) for c in columns), pitch)
+    points, mass, depth, flesh = (np.ascontiguousarray(c[keep], np.float32) for c in columns)
+    return Cloud(points, mass, depth, flesh, pitch)
 
 
 def long_axis_position(points: np.ndarray, mesh: np.ndarray) -> np.ndarray:
-    """Where each point lies along the principal axis of the whole bone, 0 to 1: (N,)."""
+    """Locate each point along the principal axis of the whole bone, 0 to 1: (N,)."""
     centre = mesh.mean(0)
     axis = np.linalg.eigh(np.cov((mesh - centre).T))[1][:, -1]
     ends = (mesh - centre) @ axis
@@ -210,24 +265,48 @@ CloudKey = tuple[str, float, tuple[float, float]]
 
 
 def load_clouds(keys: list[CloudKey], folder: Path) -> dict[CloudKey, Cloud]:
-    """Clouds for `keys` (bone, pitch, window), built on first use and kept as one file per cloud in `folder`.
+    """Load clouds; they are built on first use.
 
-    The files' names carry a hash of this module, so a change of the recipe rebuilds them.
+    Parameters
+    ----------
+    keys : list of (bone, pitch, window)
+        As `build_cloud` takes them.
+    folder : Path
+        Where they are kept, a file each, below a folder for each version of this module's source: unlike the
+        data's recipe, which is raised by hand, no half-edited bone may stay in the way.
+
+    Returns
+    -------
+    dict
+        `Cloud` by key.
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
-    folder = folder / recipe
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
+    folder = folder / version
     folder.mkdir(parents=True, exist_ok=True)
 
     def load(key: CloudKey) -> Cloud:
         file = folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:16] + ".npy")
-        if not file.exists():
-            cloud = build_cloud(*key)
-            beside = file.with_suffix(f".{id(key)}.tmp")
-            with open(beside, "wb") as stream:
-                np.save(stream, np.column_stack(cloud[:4]))
-            beside.replace(file)
-        table = np.load(file)
-        return Cloud(np.ascontiguousarray(table[:, :3]), *np.ascontiguousarray(table[:, 3:].T), key[1])
+        return _read_cloud(file, key[1]) or _build_cloud_file(file, key)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(keys, pool.map(load, keys), strict=True))
+
+
+def _read_cloud(file: Path, pitch: float) -> Cloud | None:
+    """Read the cloud in a file; None where there is none, or a damaged one."""
+    try:
+        table = np.load(file)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    mass, depth, flesh = np.ascontiguousarray(table[:, 3:].T)
+    return Cloud(np.ascontiguousarray(table[:, :3]), mass, depth, flesh, pitch)
+
+
+def _build_cloud_file(file: Path, key: CloudKey) -> Cloud:
+    """Build a cloud and keep it: a file beside its place, then renamed."""
+    cloud = build_cloud(*key)
+    beside = file.with_suffix(f".{os.getpid()}.tmp")
+    with beside.open("wb") as stream:
+        np.save(stream, np.column_stack(cloud[:4]))
+    beside.replace(file)
+    return cloud

@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -113,7 +113,7 @@ def write_demo(
     workers : int, optional
         Processes; by default one a core. The films do not depend on it.
     cache : Path, optional
-        Bone clouds are kept in ``bones/`` below this folder; by default they are made for this call alone.
+        Bones' clouds are kept in ``bones/`` below it; by default they are made for this call alone.
 
     Returns
     -------
@@ -215,7 +215,9 @@ def text_free_twins(root: Path, paths: list[str], cache: Path) -> dict[str, np.n
     twins: dict[str, np.ndarray] = {}
     for folder in dict.fromkeys(p.rpartition("/")[0] for p in paths):
         if folder in by_folder:
-            films = film_study(by_folder[folder], made["seed"], made["long_side"], cache / "bones", text=False)
+            films = film_study(
+                by_folder[folder], made["seed"], made["long_side"], cache / "bones", text=False
+            )
             twins |= {path: film.image for path, film, _ in films}
     if unknown := [path for path in paths if path not in twins]:
         raise ValueError(f"{root} holds no film {unknown[0]}. Take paths from its index.")
@@ -233,13 +235,13 @@ def _number(name: str, value: Any) -> int:
 
 
 def _checked(order: dict[str, Any]) -> dict[str, Any]:
-    """The order with its numbers checked, and the recipe of this renderer: what fixes every pixel."""
+    """Check the order's numbers and add this renderer's recipe: what fixes every pixel."""
     numbers = {name: _number(name, order[name]) for name in ("studies", "seed", "long_side")}
     return numbers | {"text": bool(order["text"]), "recipe": RECIPE}
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is none, or a damaged one."""
+    """Read the JSON object in a file; None where there is none, or a damaged one."""
     if not file.is_file():
         return None
     try:
@@ -284,7 +286,7 @@ def _require_room(out: Path, order: dict[str, Any]) -> None:
 
 
 def _prepare(partial: Path, order: dict[str, Any]) -> None:
-    """An empty folder with the order in it, or the remains of a killed call with the same order."""
+    """Make a folder with the order in it, or keep what a killed call with the same order left."""
     note = partial / "order.json"
     if partial.is_symlink() or partial.exists():
         before = None if partial.is_symlink() else _read(note)
@@ -335,7 +337,7 @@ def _render(partial: Path, order: dict[str, Any], planned: list[Study], workers:
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Hide the caller's script: new processes would run it again, and a plain script would wait for itself."""
+    """Hide the caller's script: new processes would run it again, and wait for the one that started them."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

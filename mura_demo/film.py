@@ -4,8 +4,11 @@ Takes the thickness images of `projection.py` to a finished film.  Explained ste
 `a_demo_radiographs`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -24,7 +27,19 @@ class Film:
 
 
 def expose(bone: np.ndarray, metal: np.ndarray, soft: np.ndarray, settings: Settings) -> np.ndarray:
-    """Beer-Lambert transmission, heel effect, scatter and photon noise: the log signal of the detector."""
+    """Expose the detector: Beer and Lambert's law, heel effect, scatter and photon noise.
+
+    Parameters
+    ----------
+    bone, metal, soft : ndarray (H, W) float32
+        Thickness in mm.
+    settings : Settings
+
+    Returns
+    -------
+    ndarray (H, W) float32
+        The negative logarithm of the fraction of photons that arrives.
+    """
     e, rng = settings.exposure, np.random.Generator(np.random.SFC64(settings.noise_seed))
     height, width = settings.shape
     beam = np.exp(-(e["bone"] * (bone + metal) + e["soft"] * soft))
@@ -37,9 +52,20 @@ def expose(bone: np.ndarray, metal: np.ndarray, soft: np.ndarray, settings: Sett
 
 
 def window(signal: np.ndarray, bone: np.ndarray, soft: np.ndarray, settings: Settings) -> np.ndarray:
-    """Grey levels 0 to 1: white a little above dense bone, edges enhanced, gamma.
+    """Map the signal to grey levels: white a little above dense bone, edges enhanced, gamma.
 
-    White is set by bone and flesh, never by metal, so implants leave the rest of the film alone.
+    Parameters
+    ----------
+    signal : ndarray (H, W) float32
+        What `expose` returns.
+    bone, soft : ndarray (H, W) float32
+        Thickness in mm. They set the white point; metal never does, so implants leave the rest alone.
+    settings : Settings
+
+    Returns
+    -------
+    ndarray (H, W) float32
+        0 (black) to 1 (white).
     """
     e = settings.exposure
     at_bone = bone[::2, ::2] > 0.5
@@ -52,7 +78,15 @@ def window(signal: np.ndarray, bone: np.ndarray, soft: np.ndarray, settings: Set
 
 
 def shutters(settings: Settings) -> tuple[np.ndarray, float]:
-    """What the collimator leaves open, (H, W) float32 0 to 1, a turned rectangle; and the grey outside."""
+    """Draw the collimator's opening, a turned rectangle.
+
+    Returns
+    -------
+    opening : ndarray (H, W) float32
+        0 (shut) to 1 (open).
+    dark : float
+        The grey level outside, 0 to 1.
+    """
     if not settings.collimated:
         return np.ones(settings.shape, np.float32), 0.0
     height, width = settings.shape
@@ -67,12 +101,28 @@ def shutters(settings: Settings) -> tuple[np.ndarray, float]:
 
 
 @cache
-def _font(size: int) -> ImageFont.ImageFont:
+def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
 def burn_in(image: Image.Image, settings: Settings, side: str, rng: np.random.Generator) -> list[tuple]:
-    """Draw side marker, date and notes into a film; returns (text, x0, y0, x1, y1) of each."""
+    """Draw side marker, date and notes into a film.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Grey; it is drawn into.
+    settings : Settings
+    side : str
+        "L" or "R".
+    rng : numpy.random.Generator
+        Places; wording and style are the study's.
+
+    Returns
+    -------
+    list of (text, x0, y0, x1, y1)
+        In pixels.
+    """
     draw, boxes, u = ImageDraw.Draw(image), [], rng.uniform
     width, height = image.size
     longest = max(image.size)
@@ -113,8 +163,19 @@ def burn_in(image: Image.Image, settings: Settings, side: str, rng: np.random.Ge
 def take(scene: Scene, settings: Settings, text: bool = True, steps: dict | None = None) -> Film:
     """Take one film of a scene.
 
-    text: False gives the same film without burned-in text.  steps: a dict that receives the intermediate
-    images by name, for teaching.
+    Parameters
+    ----------
+    scene : Scene
+    settings : Settings
+    text : bool
+        False gives the same film without burned-in text.
+    steps : dict, optional
+        Receives the intermediate images, (H, W) each: "bone", "metal" and "soft" in mm, "signal", "grey"
+        (0 to 1) and "plain" (uint8, before the text).
+
+    Returns
+    -------
+    Film
     """
     projector = Projector(scene, settings)
     rng = np.random.default_rng([settings.noise_seed, 1])

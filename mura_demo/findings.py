@@ -5,6 +5,8 @@ view of the study shows it.  The implants stand in `implants.py`, the findings o
 Explained in the appendix `a_demo_radiographs`.  Lengths in mm, masses in mm^3 of cortical bone.
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 from .anatomy import Scene
@@ -15,7 +17,7 @@ from .skeleton import rotation_about, skeleton
 
 # Bones that break, carry implants or lesions, and the stretch of the bone that the film shows:
 # (local axis, from, to) in mm, or None for the middle 70 % of the bone.
-SITES = {
+SITES: dict[str, dict[str, tuple[int, float, float] | None]] = {
     "SHOULDER": {"humerus": (1, -95, 12), "clavicle": (2, 45, 115)},
     "HUMERUS": {"humerus": None},
     "ELBOW": {"humerus": (1, -282, -228), "radius": (1, -42, -8), "ulna": (1, -42, -2)},
@@ -32,7 +34,7 @@ SITES = {
 
 
 def sites(scene: Scene) -> dict:
-    """Bones of the scene that may break or carry metal, with the stretch that the film shows."""
+    """List the bones of a scene that may break or carry metal, with the stretch that the film shows."""
     if scene.part != "FINGER":
         return SITES[scene.part]
     d = scene.digit
@@ -42,7 +44,25 @@ def sites(scene: Scene) -> dict:
 
 
 def shaft(points: np.ndarray, stretch, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """A site on a bone: its centre, the bone's axis there (pointing distally), the bone's width (mm)."""
+    """Choose a site on a bone.
+
+    Parameters
+    ----------
+    points : ndarray (N, 3)
+        Of the bone, mm.
+    stretch : tuple or None
+        A value of `SITES`.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    centre : ndarray (3,)
+        Of the site, mm.
+    axis : ndarray (3,)
+        Of the bone there, pointing distally, of length 1.
+    width : float
+        Of the bone there, mm.
+    """
     axis = np.linalg.eigh(np.cov((points - points.mean(0))[:: max(1, len(points) // 4000)].T))[1][:, -1]
     along, low, high = stretch or (1, *np.quantile(points[:, 1], [0.15, 0.85]))
     axis = axis * (1 if along == 2 else -1) * np.sign(axis[along])
@@ -56,9 +76,22 @@ def shaft(points: np.ndarray, stretch, rng: np.random.Generator) -> tuple[np.nda
 
 
 def fracture(scene: Scene, severity: float, rng: np.random.Generator, bone=None, site=None) -> str:
-    """Break a bone along a jagged oblique plane; gap, shift and angle of the fragment grow with severity.
+    """Break a bone along a jagged oblique plane; everything beyond the break moves with the fragment.
 
-    Everything beyond the break moves with the fragment.  Returns the bone's name.
+    Parameters
+    ----------
+    scene : Scene
+        It is edited.
+    severity : float
+        0 to 1: gap, shift and angle of the fragment grow with it.
+    rng : numpy.random.Generator
+    bone, site : optional
+        Where; by default one of `sites`, anywhere along it. `site` is what `shaft` returns.
+
+    Returns
+    -------
+    str
+        The bone's name.
     """
     bone = bone or pick(list(sites(scene)), rng)
     cloud, body = scene.bones[bone], scene.body(bone)
@@ -112,17 +145,28 @@ def _shatter(points: np.ndarray, near: np.ndarray, width: float, rng: np.random.
 def hardware(scene: Scene, severity: float, rng: np.random.Generator) -> str:
     """Screw a plate, wires, screws or a nail to a bone; half of the plates bridge a healing fracture.
 
-    Returns "kind:bone", with "+fracture" where one goes with it.
+    Parameters
+    ----------
+    scene : Scene
+        It is edited.
+    severity : float
+        0 to 1: plates get longer with it.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    str
+        "kind:bone", with "+fracture" where one goes with it.
     """
     stretches = {b: s for b, s in sites(scene).items() if b != "scaphoid"}
     bone = pick(list(stretches), rng)
     if scene.part in ("HUMERUS", "FOREARM"):  # the whole shaft is on the film
-        shares = dict(plate=0.5, wires=0.15, screws=0.15, nail=0.2)
+        odds = dict(plate=0.5, wires=0.15, screws=0.15, nail=0.2)
     elif bone in ("humerus", "radius", "ulna", "clavicle"):
-        shares = dict(plate=0.6, wires=0.2, screws=0.2)
+        odds = dict(plate=0.6, wires=0.2, screws=0.2)
     else:
-        shares = dict(plate=0.35, wires=0.4, screws=0.25)
-    kind = str(rng.choice(list(shares), p=list(shares.values())))
+        odds = dict(plate=0.35, wires=0.4, screws=0.25)
+    kind = str(rng.choice(list(odds), p=list(odds.values())))
     detail = f"{kind}:{bone}"
     site = shaft(scene.bones[bone].points, stretches[bone], rng)
     if kind in ("plate", "nail") and rng.random() < 0.5:
@@ -142,7 +186,21 @@ def hardware(scene: Scene, severity: float, rng: np.random.Generator) -> str:
 
 
 def lesion(scene: Scene, severity: float, rng: np.random.Generator) -> str:
-    """Dissolve (lytic) or thicken (sclerotic) an egg-shaped region of a bone.  Returns "kind:bone"."""
+    """Dissolve (lytic) or thicken (sclerotic) an egg-shaped region of a bone.
+
+    Parameters
+    ----------
+    scene : Scene
+        It is edited.
+    severity : float
+        0 to 1: size and contrast grow with it.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    str
+        "kind:bone".
+    """
     bone = pick(list(sites(scene)), rng)
     cloud = scene.bones[bone]
     centre, _, width = shaft(cloud.points, sites(scene)[bone], rng)

@@ -3,31 +3,56 @@
 Knows nothing of scenes; `findings.hardware` places what is made here.  Lengths in mm.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 
+Item = TypeVar("Item")
 
-def pick(options, rng: np.random.Generator):
-    """One of a list, without NumPy turning it into an array."""
-    return options[rng.integers(len(options))]
+
+def pick(options: Sequence[Item], rng: np.random.Generator) -> Item:
+    """Draw one of a list, without NumPy turning it into an array."""
+    return options[int(rng.integers(len(options)))]
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    """The vector at length 1."""
+    """Scale a vector to length 1."""
     return vector / np.linalg.norm(vector)
 
 
 def axes_along(direction: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """3x3 frame whose second column is `direction`, turned at random about it."""
+    """Make a frame (3, 3) whose second column is `direction`, turned at random about it."""
     y = unit(direction)
     x = unit(np.cross(y, rng.standard_normal(3)))
     return np.stack([x, y, np.cross(x, y)], axis=1)
 
 
 def block(kind: str, size: tuple, step: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Points that fill a "box" (x, y, z) or a "rod" (radius, length along y), and the volume of each."""
+    """Fill a block with points.
+
+    Parameters
+    ----------
+    kind : str
+        "box" or "rod".
+    size : tuple
+        In mm: (x, y, z) of a box; (radius, length along y) of a rod.
+    step : float
+        Largest distance of the points, mm.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    points : ndarray (N, 3)
+        About the origin, mm.
+    volume : ndarray (N,)
+        Of each, mm^3.
+    """
     extent = np.array(size if kind == "box" else (2 * size[0], size[1], 2 * size[0]), float)
     count = np.maximum(2, np.ceil(extent / step)).astype(int)
-    grid = np.indices(count).reshape(3, -1).T
+    grid = np.indices(tuple(count)).reshape(3, -1).T
     points = (grid + rng.random(grid.shape)) * (extent / count) - extent / 2
     if kind == "rod":
         points = points[points[:, 0] ** 2 + points[:, 2] ** 2 < size[0] ** 2]

@@ -5,8 +5,10 @@ Worked out with the arm at rest and kept in the frames of the bones, so it stays
 Lengths in mm.
 """
 
+from __future__ import annotations
+
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from .anatomy import Scene
 from .implants import pick, unit
@@ -35,7 +37,7 @@ JOINT_RADIUS = {
 
 
 def joints(scene: Scene) -> list[tuple[str, str]]:
-    """Joints of the scene that may wear or slip: (body that moves, bone that it meets)."""
+    """List the joints of a scene that may wear or slip: (body that moves, bone that it meets)."""
     if scene.part != "FINGER":
         return JOINTS[scene.part]
     d = scene.digit
@@ -56,7 +58,7 @@ def _contact(scene: Scene, body: str, parent: str, radius: float):
     a = _near(scene, frames, parent, origin, 2.2 * radius)[0]
     b = np.concatenate([_near(scene, frames, child, origin, 2.2 * radius)[0] for child in children])
     a, b = a[:: max(1, len(a) // 1500)], b[:: max(1, len(b) // 1500)]
-    distance, nearest = cKDTree(a).query(b)
+    distance, nearest = (np.asarray(found) for found in KDTree(a).query(b))
     closest = np.argsort(distance)[: max(30, len(distance) // 25)]
     centre = (b[closest].mean(0) + a[nearest[closest]].mean(0)) / 2
     return frames, centre, unit(b.mean(0) - a.mean(0)), children
@@ -84,7 +86,21 @@ def _displace(scene, frames, body, turn, shift, pivot):
 
 
 def degenerative(scene: Scene, severity: float, rng: np.random.Generator) -> str:
-    """Wear a joint: narrowed space, dense bone beside it, bony spurs at its rim.  Returns "bone/body"."""
+    """Wear a joint: narrowed space, dense bone beside it, bony spurs at its rim.
+
+    Parameters
+    ----------
+    scene : Scene
+        It is edited.
+    severity : float
+        0 to 1: narrowing, density, number and size of the spurs grow with it.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    str
+        "bone/body" of the joint.
+    """
     body, parent = pick(joints(scene), rng)
     radius = JOINT_RADIUS[scene.part]
     frames, centre, u, children = _contact(scene, body, parent, radius)
@@ -124,7 +140,21 @@ def degenerative(scene: Scene, severity: float, rng: np.random.Generator) -> str
 
 
 def subluxation(scene: Scene, severity: float, rng: np.random.Generator) -> str:
-    """Slip a joint sideways and turn it; the shoulder goes forward and down.  Returns "bone/body"."""
+    """Slip a joint sideways and turn it; the shoulder goes forward and down.
+
+    Parameters
+    ----------
+    scene : Scene
+        It is edited.
+    severity : float
+        0 to 1: slip and turn grow with it.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    str
+        "bone/body" of the joint.
+    """
     body, parent = pick(joints(scene), rng)
     radius = JOINT_RADIUS[scene.part]
     frames, centre, u, children = _contact(scene, body, parent, radius)

@@ -6,6 +6,8 @@ float32 (H, W) of thickness in mm; `film.py` makes grey levels of them.  Explain
 appendix `a_demo_radiographs`.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import cv2
@@ -24,14 +26,14 @@ class Room:
     """What the films of one study share: machine, processing, marker style. So a study can be recognised."""
 
     exposure: dict[str, float]
-    longest: float  # longest side of the films, share of the largest that there is
+    longest: float  # longest side of the films, as a fraction of the data set's
     colour: bool  # stored as RGB
     collimated: bool
     seed: int  # of what is burned in
 
     @classmethod
-    def sample(cls, rng: np.random.Generator) -> "Room":
-        """Draw a room; whatever the label of the study that is made in it."""
+    def sample(cls, rng: np.random.Generator) -> Room:
+        """Draw a room, whatever the label of the study that is made in it."""
         u = rng.uniform
         exposure = dict(
             bone=u(0.058, 0.082),
@@ -61,7 +63,7 @@ class Settings:
     target: np.ndarray  # (3,) world point in the middle of the film, mm (of the healthy arm)
     shape: tuple[int, int]  # height, width in pixels
     field_mm: float  # length that the film's longest side covers at the target
-    offset: np.ndarray  # (2,) decentring, share of the longest side
+    offset: np.ndarray  # (2,) decentring, as a fraction of the longest side
     distance: float  # from the X-ray source to the target, mm
     noise_seed: int
     exposure: dict[str, float]
@@ -78,10 +80,26 @@ class Settings:
         long_side: int,
         rng: np.random.Generator,
         room: Room | None = None,
-    ) -> "Settings":
-        """Draw the settings of a film of a part in a view; the longest side is `long_side` pixels or less.
+    ) -> Settings:
+        """Draw the settings of a film.
 
-        room: of the study; by default one is drawn for this film alone.
+        Parameters
+        ----------
+        part : str
+            A key of `anatomy.PARTS`.
+        digit : int
+            The finger of a FINGER study, 1 (thumb) to 5.
+        view : str
+            "AP", "OBL" or "LAT".
+        long_side : int
+            Pixels of the longest side, or fewer.
+        rng : numpy.random.Generator
+        room : Room, optional
+            The study's; by default one is drawn for this film alone.
+
+        Returns
+        -------
+        Settings
         """
         room = room or Room.sample(rng)
         spec, u = PARTS[part], rng.uniform
@@ -91,16 +109,18 @@ class Settings:
         if view == "LAT" and part in ("ELBOW", "FOREARM"):  # a bent elbow: the forearm lies across the film
             aspect = 1 / aspect if part == "FOREARM" else u(0.8, 1.2)
         longest = int(long_side * room.longest)
-        shape = (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
+        height, width = (
+            (longest, round(longest / aspect)) if aspect > 1 else (round(longest * aspect), longest)
+        )
         if rng.random() < 0.08:  # some films are stored sideways
-            shape = shape[::-1]
+            height, width = width, height
             camera = rotation_about([0, 0, 1], rng.choice([-1, 1]) * np.pi / 2) @ camera
         return cls(
             view,
             angles,
             camera,
             target,
-            shape,
+            (height, width),
             u(*spec.field_mm),
             rng.normal(0, 0.02, 2),
             u(900, 1400),
@@ -116,6 +136,7 @@ class Projector:
     """Maps local points of a scene's bodies to fine pixels of one film."""
 
     def __init__(self, scene: Scene, settings: Settings):
+        """Take the scene's pose and the film's geometry."""
         self.frames = scene.frames(settings.angles)
         self.settings, self.patient, self.side = settings, scene.patient, scene.side
         height, width = settings.shape
@@ -126,7 +147,20 @@ class Projector:
         self.slender = scene.patient.slender
 
     def __call__(self, body: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x and y in fine pixels, float32, of (N, 3) local points; perspective, then the patient's bend."""
+        """Project points: perspective, then the patient's bend.
+
+        Parameters
+        ----------
+        body : str
+            Of the joint tree.
+        points : ndarray (N, 3)
+            In the body's frame, mm.
+
+        Returns
+        -------
+        x, y : ndarray (N,) float32
+            In fine pixels.
+        """
         s, (rotation, origin) = self.settings, self.frames[body]
         matrix = (s.camera @ rotation * self.slender).astype(np.float32)
         q = matrix @ points.T  # (3, N): rows lie together in memory
@@ -143,7 +177,20 @@ class Projector:
         )
 
     def splat(self, x: np.ndarray, y: np.ndarray, mass: np.ndarray) -> np.ndarray:
-        """Thickness image (mm of cortical bone) of projected points carrying mass in mm^3."""
+        """Add projected points up to a thickness image.
+
+        Parameters
+        ----------
+        x, y : ndarray (N,)
+            In fine pixels.
+        mass : ndarray (N,)
+            In mm^3 of cortical bone.
+
+        Returns
+        -------
+        ndarray (fine H, fine W) float32
+            In mm of cortical bone.
+        """
         growth = (
             self.patient.slender.prod() * self.patient.scale[self.side] ** 3
         )  # bigger bones hold more mineral
@@ -151,7 +198,18 @@ class Projector:
 
 
 def add_up(x: np.ndarray, y: np.ndarray, weight: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Sum of the weights that fall into each pixel; points outside fall on the rim, which is cleared."""
+    """Sum the weights that fall into each pixel; points outside fall on the rim, which is cleared.
+
+    Parameters
+    ----------
+    x, y, weight : ndarray (N,)
+    size : tuple of int
+        Height and width.
+
+    Returns
+    -------
+    ndarray (height, width) float32
+    """
     height, width = size
     index = np.clip(y, 0, height - 1).astype(np.intp)
     index *= width
@@ -163,18 +221,25 @@ def add_up(x: np.ndarray, y: np.ndarray, weight: np.ndarray, size: tuple[int, in
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur with mirrored edges."""
+    """Blur an image with a Gaussian of `sigma` pixels, and mirrored edges."""
     return cv2.GaussianBlur(image, (0, 0), float(sigma), borderType=cv2.BORDER_REFLECT)
 
 
 def project(scene: Scene, projector: Projector) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bone, metal and soft tissue in mm, each at film size (H, W) float32."""
+    """Project a scene.
+
+    Returns
+    -------
+    bone, metal, soft : ndarray (H, W) float32
+        Thickness in mm, in the film's pixels.
+    """
     xs, ys, masses, flesh = [], [], [], []
     for bone, cloud in scene.bones.items():
         if bone == "thorax" and scene.part == "HUMERUS" and projector.settings.view == "LAT":
             continue  # the arm is held away from the chest
         x, y = projector(scene.body(bone), cloud.points)
-        xs.append(x), ys.append(y), masses.append(cloud.mass), flesh.append(cloud.flesh)
+        for column, values in ((xs, x), (ys, y), (masses, cloud.mass), (flesh, cloud.flesh)):
+            column.append(values)
     x, y = np.concatenate(xs), np.concatenate(ys)
     bone = projector.splat(x, y, np.concatenate(masses)) * np.float32(scene.patient.density[scene.side])
     soft = soft_tissue(x, y, np.concatenate(flesh), projector)
@@ -194,14 +259,28 @@ def project(scene: Scene, projector: Projector) -> tuple[np.ndarray, np.ndarray,
 
 
 def to_film(fine: np.ndarray) -> np.ndarray:
-    """Cut the margin off and average 2 x 2 fine pixels."""
+    """Cut the margin off a fine image and average 2 x 2 of its pixels: float32 (H, W)."""
     inner = fine[MARGIN:-MARGIN, MARGIN:-MARGIN]
     return cv2.resize(inner, None, fx=1 / SUPERSAMPLE, fy=1 / SUPERSAMPLE, interpolation=cv2.INTER_AREA)
 
 
 def soft_tissue(x: np.ndarray, y: np.ndarray, flesh: np.ndarray, projector: Projector) -> np.ndarray:
-    """Soft tissue in mm on the fine grid: round in section, as thick as the nearest bone's flesh."""
-    size = tuple(-(-n // COARSE) for n in projector.size)
+    """Clothe projected bones: round in section, as thick as the nearest bone's flesh.
+
+    Parameters
+    ----------
+    x, y : ndarray (N,)
+        In fine pixels.
+    flesh : ndarray (N,)
+        Radius of the soft tissue in mm.
+    projector : Projector
+
+    Returns
+    -------
+    ndarray (fine H, fine W) float32
+        Thickness in mm.
+    """
+    size = (-(-projector.size[0] // COARSE), -(-projector.size[1] // COARSE))
     every = slice(None, None, 4)
     x, y = x[every] / COARSE, y[every] / COARSE
     count = add_up(x, y, np.ones(len(x), np.float32), size)
@@ -222,7 +301,20 @@ def soft_tissue(x: np.ndarray, y: np.ndarray, flesh: np.ndarray, projector: Proj
 
 
 def finding_box(scene: Scene, projector: Projector, opening: np.ndarray) -> tuple | None:
-    """Box of the finding on the film (x0, y0, x1, y1), or None where less than half of it can be seen."""
+    """Find the finding on the film.
+
+    Parameters
+    ----------
+    scene : Scene
+    projector : Projector
+    opening : ndarray (H, W)
+        What `film.shutters` leave open.
+
+    Returns
+    -------
+    tuple of int, or None
+        x0, y0, x1, y1 in pixels; None where less than half of the finding can be seen.
+    """
     if not scene.tags:
         return None
     x, y = (

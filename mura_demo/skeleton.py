@@ -3,11 +3,14 @@
 Reads the model files of the installed `myo-sim` package; writes nothing.  Lengths in mm, angles in radians.
 """
 
-import xml.etree.ElementTree as ET
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET  # of files that an installed package brings, so not untrusted
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .bones import models_folder
 
@@ -17,21 +20,27 @@ class Skeleton:
 
     def __init__(self, assets: Path):
         """Read `myoarm_r_chain.xml` and the shoulder's coupled joints from `myoarm_r_assets.xml`."""
-        self.parent, self.position, self.hinges, self.body_of = {}, {}, {}, {}
-        self._walk(ET.parse(assets / "myoarm_r_chain.xml").getroot(), None)
-        self.body_of["thorax"] = "thorax"
-        rows = (
-            j for j in ET.parse(assets / "myoarm_r_assets.xml").getroot().iter("joint") if j.get("polycoef")
+        self.parent: dict[str, str | None] = {}
+        self.position: dict[str, np.ndarray] = {}
+        self.hinges: dict[str, list[tuple[str, np.ndarray]]] = {}
+        self.body_of: dict[str, str] = {}
+        chain, shoulder = (
+            ET.parse(assets / f"myoarm_r_{name}.xml").getroot()  # noqa: S314
+            for name in ("chain", "assets")
         )
-        self.coupled = [(j.get("joint1"), j.get("joint2"), float(j.get("polycoef").split()[1])) for j in rows]
+        self._walk(chain, None)
+        self.body_of["thorax"] = "thorax"
+        rows = [j.attrib for j in shoulder.iter("joint") if j.get("polycoef")]
+        self.coupled = [(j["joint1"], j["joint2"], float(j["polycoef"].split()[1])) for j in rows]
         self.joints = {name for hinges in self.hinges.values() for name, _ in hinges}
 
     def _walk(self, element: ET.Element, parent: str | None) -> None:
         for body in element.findall("body"):
-            name = body.get("name")
+            name = body.attrib["name"]
             self.parent[name] = parent
-            self.position[name] = np.array(body.get("pos").split(), float) * 1000
-            hinges = [(j.get("name"), np.array(j.get("axis").split(), float)) for j in body.findall("joint")]
+            self.position[name] = np.array(body.attrib["pos"].split(), float) * 1000
+            joints = [joint.attrib for joint in body.findall("joint")]
+            hinges = [(j["name"], np.array(j["axis"].split(), float)) for j in joints]
             self.hinges[name] = [(joint, axis / np.linalg.norm(axis)) for joint, axis in hinges]
             for mesh in (g.get("mesh") for g in body.findall("geom")):
                 if mesh:
@@ -39,16 +48,30 @@ class Skeleton:
             self._walk(body, name)
 
     def pose(self, angles: dict[str, float], moved: dict | None = None) -> dict[str, tuple]:
-        """World frame (3x3 rotation, origin in mm) of every body for joint angles in radians.
+        """Place every body in the world.
 
-        moved: body -> (rotation, shift) in its parent's frame, a displacement such as a subluxation.
-        Raises KeyError for a joint that the model does not have.
+        Parameters
+        ----------
+        angles : dict
+            Joint angles in radians; joints that are left out are at rest.
+        moved : dict, optional
+            By body: (rotation, shift) in its parent's frame, a displacement such as a subluxation.
+
+        Returns
+        -------
+        dict
+            By body: rotation (3, 3) and origin (3,) in mm.
+
+        Raises
+        ------
+        KeyError
+            A joint that the model does not have.
         """
         unknown = set(angles) - self.joints
         if unknown:
             raise KeyError(f"no such joints in MyoSim's arm: {', '.join(sorted(unknown))}")
         angles = {a: k * angles.get(b, 0.0) for a, b, k in self.coupled} | angles
-        frames = {None: (np.eye(3), np.zeros(3)), "thorax": (np.eye(3), np.array([-37.0, 13.0, -25.0]))}
+        frames: dict = {None: (np.eye(3), np.zeros(3)), "thorax": (np.eye(3), np.array([-37.0, 13.0, -25.0]))}
         for body, parent in self.parent.items():
             rotation, origin = frames[parent]
             step = self.position[body]
@@ -65,8 +88,8 @@ class Skeleton:
         return frames
 
 
-def rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
-    """3x3 rotation by `angle` radians about `axis` (Rodrigues)."""
+def rotation_about(axis: ArrayLike, angle: float) -> np.ndarray:
+    """Make the rotation (3, 3) by `angle` radians about `axis` (3,), by Rodrigues' formula."""
     x, y, z = np.asarray(axis, float) / np.sqrt(np.dot(axis, axis))
     c, s = np.cos(angle), np.sin(angle)
     k = 1 - c
@@ -81,5 +104,5 @@ def rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
 
 @cache
 def skeleton() -> Skeleton:
-    """The arm's joint tree, read once."""
+    """Read the arm's joint tree, once."""
     return Skeleton(models_folder() / "arm" / "assets")

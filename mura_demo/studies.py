@@ -3,12 +3,16 @@
 Proportions of body parts and labels, patients with several studies and views per study follow MURA v1.1
 (Rajpurkar et al. 2018, arXiv 1712.06957).  Every random draw comes from (seed, patient, study, purpose), so
 a study's films don't depend on the order or the number of workers.  Writes nothing; `dataset.py` does.
+Explained in the appendix `a_demo_radiographs`.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,16 +32,16 @@ MURA = {
     "WRIST": (2134, 1326, 140, 97, 2.82),
 }
 # About half of MURA's positives show plates, marks or plaster (Pure-MURA's count); the rest is our choice.
-FINDING_SHARES = {
+FINDING_FRACTIONS = {
     "fracture": 0.26,
     "hardware": 0.42,
     "lesion": 0.10,
     "degenerative": 0.13,
     "subluxation": 0.09,
 }
-TEST_SHARE = 1 / 6  # of the studies
-SECOND_PART = 0.13  # share of patients with studies of two body parts (1,467 of 11,184 in MURA)
-FOLLOW_UP = 0.045  # share of (patient, part) with a second study of that part
+TEST_FRACTION = 1 / 6  # of the studies
+SECOND_PART = 0.13  # fraction of patients with studies of two body parts (1,467 of 11,184 in MURA)
+FOLLOW_UP = 0.045  # fraction of (patient, part) with a second study of that part
 MAX_TRIES = 20  # draws of a finding until a view shows it
 
 
@@ -52,7 +56,7 @@ class Study:
     label: int
     side: str
     digit: int
-    finding: str  # "none" or a key of FINDING_SHARES
+    finding: str  # "none" or a key of FINDING_FRACTIONS
     severity: float
     views: tuple[str, ...]
 
@@ -63,20 +67,50 @@ class Study:
         return f"{self.split}/XR_{self.part}/patient{self.patient:05d}/study{self.number}_{word}"
 
     def rng(self, seed: int, *purpose: int) -> np.random.Generator:
-        """The stream of random numbers of this study for one purpose."""
+        """Make the stream of random numbers of this study for one purpose.
+
+        Parameters
+        ----------
+        seed : int
+            The data set's.
+        *purpose : int
+            Any numbers: other ones, another stream. 0 patient, 1 films, 3 finding, 4 room.
+
+        Returns
+        -------
+        numpy.random.Generator
+        """
         return np.random.default_rng(
             [seed, self.patient, list(PARTS).index(self.part), self.number, *purpose]
         )
 
 
 def plan(studies: int, seed: int) -> list[Study]:
-    """Plan a data set of so many studies.  Patients of train come first, none is in both splits."""
+    """Plan a data set.
+
+    Parameters
+    ----------
+    studies : int
+        How many, train and test together; at least 60, so that every part and label appears.
+    seed : int
+        Another seed, other patients.
+
+    Returns
+    -------
+    list of Study
+        Patients of train come first; none is in both splits.
+
+    Raises
+    ------
+    ValueError
+        Too few studies.
+    """
     if studies < 60:
         raise ValueError(
-            f"a demo data set needs at least 60 studies to hold every part and label, got {studies}"
+            f"Demo data need at least 60 studies to hold every body part and label, not {studies}."
         )
     rng = np.random.default_rng([seed, studies])
-    tests = round(studies * TEST_SHARE)
+    tests = round(studies * TEST_FRACTION)
     planned, patient = [], 0
     for split, count, columns in (("train", studies - tests, (0, 1)), ("valid", tests, (2, 3))):
         for visits in _patients(_quotas(count, columns), rng):
@@ -122,7 +156,7 @@ def _study(split: str, patient: int, part: str, number: int, label: int, rng: np
     count = 1 + rng.binomial(3, (MURA[part][4] - 1) / 3)
     first = str(rng.choice(["AP", "OBL", "LAT"], p=[0.5, 0.2, 0.3]))
     views = {1: (first,), 2: ("AP", "LAT"), 3: ("AP", "OBL", "LAT"), 4: ("AP", "OBL", "LAT", first)}[count]
-    finding = str(rng.choice(list(FINDING_SHARES), p=list(FINDING_SHARES.values())))
+    finding = str(rng.choice(list(FINDING_FRACTIONS), p=list(FINDING_FRACTIONS.values())))
     severity, side, digit = float(rng.beta(2.4, 0.9)), "LR"[rng.integers(2)], int(rng.integers(1, 6))
     return Study(
         split,
@@ -139,8 +173,31 @@ def _study(split: str, patient: int, part: str, number: int, label: int, rng: np
 
 
 def make_scene(study: Study, seed: int, settings: list[Settings], cache: Path) -> tuple[Scene, str]:
-    """The study in 3-D and what its finding is in detail ("plate:radius+fracture"; "" where there is none).
+    """Build a study in 3-D.
 
+    Parameters
+    ----------
+    study : Study
+    seed : int
+        The data set's.
+    settings : list of Settings
+        Of the study's films.
+    cache : Path
+        Folder of the bones' clouds.
+
+    Returns
+    -------
+    scene : Scene
+    detail : str
+        What the finding is in detail, such as "plate:radius+fracture"; "" where there is none.
+
+    Raises
+    ------
+    ValueError
+        No view shows the finding, which very small films can bring about.
+
+    Notes
+    -----
     The films are set up before the finding is drawn, and the finding is drawn again until at least one of
     them shows it: never the other way round, or abnormal films would be framed differently from normal ones.
     """
@@ -155,15 +212,30 @@ def make_scene(study: Study, seed: int, settings: list[Settings], cache: Path) -
         detail = FINDINGS[study.finding](scene, study.severity, study.rng(seed, 3, attempt))
         if any(finding_box(scene, Projector(scene, s), shutters(s)[0]) for s in settings):
             return scene, detail
-    raise RuntimeError(f"{study.folder}: no view shows its {study.finding} after {MAX_TRIES} draws")
+    raise ValueError(
+        f"{study.folder}: no view shows its {study.finding} after {MAX_TRIES} draws. "
+        "Choose another seed, or larger films (--long-side)."
+    )
 
 
-def film_study(
-    study: Study, seed: int, long_side: int, cache: Path, text: bool = True
-) -> Iterator[tuple[str, Film, dict]]:
-    """Take the films of a study: (path below the root, film, row of truth.csv) for each view.
+def set_up(study: Study, seed: int, long_side: int, cache: Path) -> tuple[Scene, list[Settings], str]:
+    """Set up the films of a study, then build it in 3-D.
 
-    text: False leaves the burned-in text out and changes nothing else.
+    Parameters
+    ----------
+    study : Study
+    seed, long_side : int
+        The data set's.
+    cache : Path
+        Folder of the bones' clouds.
+
+    Returns
+    -------
+    scene : Scene
+    settings : list of Settings
+        One a view; `film.take` takes the film.
+    detail : str
+        As `make_scene` returns it.
     """
     room = Room.sample(study.rng(seed, 4))
     settings = [
@@ -171,6 +243,33 @@ def film_study(
         for i, view in enumerate(study.views)
     ]
     scene, detail = make_scene(study, seed, settings, cache)
+    return scene, settings, detail
+
+
+def film_study(
+    study: Study, seed: int, long_side: int, cache: Path, text: bool = True
+) -> Iterator[tuple[str, Film, dict[str, Any]]]:
+    """Take the films of a study.
+
+    Parameters
+    ----------
+    study : Study
+    seed, long_side : int
+        The data set's.
+    cache : Path
+        Folder of the bones' clouds.
+    text : bool
+        False leaves the burned-in text out and changes nothing else.
+
+    Yields
+    ------
+    path : str
+        Below the data's root.
+    film : Film
+    truth : dict
+        The film's row of ``truth.csv``.
+    """
+    scene, settings, detail = set_up(study, seed, long_side, cache)
     for i, setting in enumerate(settings, 1):
         film = take(scene, setting, text)
         path = f"{study.folder}/image{i}.png"
