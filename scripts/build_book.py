@@ -1,29 +1,27 @@
-"""Build the book for one profile: prepare the data, execute what changed, render, say where the time went.
+"""Build the book: prepare the data, execute chapters, render pages, say where the time went, fail if one did.
 
-What `make book` runs, in the environment that it made. Reads the repository; writes `_build/<profile>/`
-and, through `mura_course`, the cache folder. Ends with exit code 1 where a cell or a page failed.
-
-Jupyter Book keys its execution cache on a notebook's code alone. So every profile has an output folder of
-its own, and the executions in it are dropped when anything else that they depend on has changed: the
-package, the versions of the libraries, the data.
+Runs `jupyter-book build` and reads what it reports; the exit code is 1 if a cell or a page failed. Every
+profile has an output folder of its own. Which earlier executions still hold is the business of
+`_ext/execution_cache.py`; nothing at all is done where no source of a page has changed either.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP / "_ext"))
+
+from execution_cache import FOLDER, digest, execution_key  # noqa: E402 - it lies beside, not in a package
+
 PAGE_SOURCES = ("book", "_static", "_ext", "_config.yml", "_toc.yml", "scripts/build_book.py")
-PACKAGE_SOURCES = ("mura_course", "constraints.txt")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     times = {"install": _install_seconds(options.install_stamp, options.started)}
 
     began = time.time()
-    fingerprint = prepare_data()
+    key = prepare_data()
     times["data"] = time.time() - began
 
-    build = Build(TOP / "_build" / profile, fingerprint)
+    build = Build(TOP / "_build" / profile, key)
     began = time.time()
     failures = build.run()
     executed, cached = build.executions(since=began)
@@ -55,26 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare_data() -> str:
-    """Do what a chapter's setup cell does, rendering the demo data if need be; the data's fingerprint."""
-    from mura_course import chapter, data
+    """Do what a chapter's setup cell does, rendering the demo data if need be; what results depend on."""
     from mura_course.errors import MuraError
 
     try:
-        _, index = chapter.start()
+        return execution_key()
     except MuraError as error:
         sys.exit(f"\n{error}")
-    return f"{index.attrs['root']} {data.fingerprint(index)}"
 
 
 class Build:
-    """One output folder: what lies in it, whether that is still current, and how to make it anew."""
+    """One output folder: whether its pages are still current, and how to make them anew."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
         self.output = folder / "_build"  # where Jupyter Book puts everything
-        self.state_file = folder / "state.json"
-        self.execution_key = digest(PACKAGE_SOURCES, fingerprint, sys.version)
-        self.page_key = digest(PAGE_SOURCES, self.execution_key)
+        self.stamp = folder / "pages"
+        self.key = digest([TOP / source for source in PAGE_SOURCES], key)
 
     @property
     def first_page(self) -> Path:
@@ -82,19 +77,15 @@ class Build:
 
     def run(self) -> list[str]:
         """Bring the pages up to date; a line for each failure, none for a complete book."""
-        state = json.loads(self.state_file.read_text()) if self.state_file.exists() else {}
-        if state.get("pages") == self.page_key and self.first_page.exists():
+        if self.first_page.exists() and self.stamp.exists() and self.stamp.read_text() == self.key:
             print("Nothing has changed since the last build.")
             return []
-        stale = set(self.output.glob("*"))
-        if state.get("executions") == self.execution_key:
-            stale.discard(self.output / ".jupyter_cache")
-        for path in stale:
+        self.stamp.unlink(missing_ok=True)
+        for path in set(self.output.glob("*")) - {self.output / FOLDER}:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._write_state(executions=self.execution_key)
         failures = self._jupyter_book()
         if not failures:
-            self._write_state(executions=self.execution_key, pages=self.page_key)
+            self.stamp.write_text(self.key)
         return failures
 
     def executions(self, since: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -127,25 +118,6 @@ class Build:
     def _report(self) -> dict[str, dict]:
         report = self.output / "executions.json"
         return json.loads(report.read_text()) if report.exists() else {}
-
-    def _write_state(self, **keys: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.state_file.with_suffix(".part")
-        part.write_text(json.dumps(keys, indent=1) + "\n")
-        os.replace(part, self.state_file)
-
-
-def digest(sources: Iterable[str], *more: str) -> str:
-    """SHA-256 of the names and contents of all files in `sources` (relative to the top), and of `more`."""
-    total = hashlib.sha256("\n".join(more).encode())
-    for source in sources:
-        path = TOP / source
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            if file.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(file.parts):
-                total.update(f"\0{file.relative_to(TOP).as_posix()}\0".encode())
-                total.update(file.read_bytes())
-    return total.hexdigest()
 
 
 def print_times(times: dict[str, float], cached: dict[str, float]) -> None:

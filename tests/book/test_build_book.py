@@ -1,14 +1,20 @@
-"""`make book`: what is executed again and what is not, what counts as failed, and what pages leave out."""
+"""Builds of the book: what is executed again and what is not, what counts as failed, what pages leave out."""
 
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import nbformat
 import pytest
 from docutils import nodes
+from making import write_mura
+from sphinx.errors import ExtensionError
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -23,6 +29,7 @@ def load(path: str) -> ModuleType:
 build_book = load("scripts/build_book.py")
 tidy_stderr = load("_ext/tidy_stderr.py")
 execution_report = load("_ext/execution_report.py")
+execution_cache = load("_ext/execution_cache.py")
 
 
 class Book:
@@ -30,19 +37,18 @@ class Book:
 
     def __init__(self, top: Path, monkeypatch) -> None:
         self.top, self.calls, self.broken, self.code = top, 0, set(), 0
-        for path in (*build_book.PAGE_SOURCES, *build_book.PACKAGE_SOURCES):
+        for path in build_book.PAGE_SOURCES:
             (top / path).parent.mkdir(parents=True, exist_ok=True)
             if "." in Path(path).name:
                 (top / path).write_text("first\n")
             else:
                 (top / path).mkdir()
         (top / "book/01.ipynb").write_text("{}")
-        (top / "mura_course/data.py").write_text("first\n")
         monkeypatch.setattr(build_book, "TOP", top)
         monkeypatch.setattr(build_book.subprocess, "run", self._jupyter_book)
 
-    def build(self, profile: str = "demo", fingerprint: str = "data"):
-        self.last = build_book.Build(self.top / "_build" / profile, fingerprint)
+    def build(self, profile: str = "demo", key: str = "a profile, a package, data"):
+        self.last = build_book.Build(self.top / "_build" / profile, key)
         return self.last.run()
 
     def _jupyter_book(self, command, cwd, env):
@@ -96,31 +102,11 @@ def test_a_change_of_pages_renders_anew_and_keeps_the_executions(book, path):
     assert book.left_over == [".jupyter_cache"]  # and no page of a chapter that is gone
 
 
-@pytest.mark.parametrize("path", ["mura_course/data.py", "mura_course/new/deep.py", "constraints.txt"])
-def test_a_change_of_the_package_or_its_libraries_executes_anew(book, path):
+def test_what_results_depend_on_is_asked_for_at_every_build(book):
     book.build()
-    (book.top / path).parent.mkdir(exist_ok=True)
-    (book.top / path).write_text("second\n")
-    book.build()
+    book.build(key="another package")
     assert book.calls == 2
-    assert not book.had_cache
-
-
-def test_a_renamed_or_removed_file_is_a_change(book):
-    book.build()
-    (book.top / "mura_course/data.py").rename(book.top / "mura_course/other.py")
-    book.build()
-    assert book.calls == 2
-    (book.top / "mura_course/other.py").unlink()
-    book.build()
-    assert book.calls == 3
-
-
-def test_other_data_execute_anew(book):
-    book.build()
-    book.build(fingerprint="other data")
-    assert book.calls == 2
-    assert not book.had_cache
+    assert book.left_over == [".jupyter_cache"]
 
 
 def test_each_profile_has_a_folder_of_its_own(book):
@@ -131,12 +117,11 @@ def test_each_profile_has_a_folder_of_its_own(book):
     assert book.calls == 2
 
 
-def test_compiled_files_checkpoints_and_dates_are_no_change(book):
+def test_checkpoints_and_dates_are_no_change(book):
     book.build()
-    for path in ("mura_course/__pycache__/data.pyc", "book/.ipynb_checkpoints/01.ipynb"):
-        (book.top / path).parent.mkdir()
-        (book.top / path).touch()
-    os.utime(book.top / "mura_course/data.py", (1, 1))
+    (book.top / "book/.ipynb_checkpoints").mkdir()
+    (book.top / "book/.ipynb_checkpoints/01.ipynb").touch()
+    os.utime(book.top / "book/01.ipynb", (1, 1))
     book.build()
     assert book.calls == 1
 
@@ -185,6 +170,112 @@ def test_installing_counts_only_when_it_was_done_in_this_run(tmp_path):
     stamp.write_text("21\n")
     assert build_book._install_seconds(stamp, stamp.stat().st_mtime - 1) == 21
     assert build_book._install_seconds(stamp, stamp.stat().st_mtime + 1) == 0
+
+
+# --- The execution cache ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(tmp_path):
+    package = tmp_path / "mura_course"
+    (package / "__pycache__").mkdir(parents=True)
+    for name in ("data.py", "runs.py", "__pycache__/data.pyc"):
+        (package / name).write_text("first\n")
+    return package
+
+
+@pytest.mark.parametrize("change", [
+    lambda package: (package / "data.py").write_text("second\n"),
+    lambda package: (package / "new.py").touch(),
+    lambda package: (package / "data.py").unlink(),
+    lambda package: (package / "data.py").rename(package / "other.py"),
+], ids=["changed", "new", "removed", "renamed"])  # fmt: skip
+def test_a_change_of_the_package_is_a_change(sources, change):
+    before = execution_cache.digest([sources])
+    change(sources)
+    assert execution_cache.digest([sources]) != before
+
+
+def test_compiled_files_and_dates_are_no_change_of_the_package(sources):
+    before = execution_cache.digest([sources])
+    (sources / "__pycache__/data.pyc").write_text("second\n")
+    os.utime(sources / "data.py", (1, 1))
+    assert execution_cache.digest([sources]) == before
+
+
+def test_results_depend_on_profile_data_and_libraries(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution_cache, "PACKAGES", ())
+    keys = []
+    for root in (write_mura(tmp_path / "one"), write_mura(tmp_path / "two")):
+        monkeypatch.setenv("MURA_DATA", str(root))
+        for profile in ("smoke", "demo"):
+            monkeypatch.setenv("MURA_PROFILE", profile)
+            keys += [execution_cache.execution_key()]
+    assert execution_cache.execution_key() == keys[-1]
+    monkeypatch.setattr(execution_cache, "library_versions", lambda: ["numpy 3"])
+    assert len({*keys, execution_cache.execution_key()}) == 5
+
+
+def test_every_library_that_chapters_run_on_counts():
+    named = {line.split()[0] for line in execution_cache.library_versions()}
+    assert {"numpy", "tensorflow", "torch", "lightning", "rapidocr", "keras-ocr"} <= named
+    assert not named & {"ruff", "pytest", "mura-course"}  # a newer linter changes no result
+
+
+def an_app(folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(outdir=folder / "html", config=SimpleNamespace(nb_execution_cache_path=""))
+
+
+def test_only_the_latest_caches_stay(tmp_path, monkeypatch):
+    app = an_app(tmp_path)
+    for number in range(6):
+        monkeypatch.setattr(execution_cache, "execution_key", lambda number=number: f"key{number}")
+        app.config.nb_execution_cache_path = ""
+        execution_cache.choose_cache(app, app.config)
+        os.utime(app.config.nb_execution_cache_path, (number, number))
+    left = sorted(path.name for path in (tmp_path / ".jupyter_cache").iterdir())
+    assert left == ["key2", "key3", "key4", "key5"]
+
+
+def test_a_build_without_data_says_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("MURA_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ExtensionError, match="nowhere.*MURA_DATA"):
+        execution_cache.choose_cache(an_app(tmp_path), an_app(tmp_path).config)
+
+
+@pytest.fixture
+def tiny_book(tmp_path):
+    """A book of one page, whose only cell prints the profile and leaves a line in a file `executed`."""
+    top = tmp_path / "tiny"
+    top.mkdir()
+    code = "import os\nprint('shown:', os.environ['MURA_PROFILE'])\nprint('once', file=open('executed', 'a'))"
+    cells = [nbformat.v4.new_markdown_cell("# A page"), nbformat.v4.new_code_cell(code)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), top / "page.ipynb")
+    (top / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    (top / "_config.yml").write_text(
+        "title: tiny\nonly_build_toc_files: true\nexecute: {execute_notebooks: cache}\n"
+        f"sphinx: {{local_extensions: {{execution_cache: {TOP / '_ext'}}}}}\n"
+    )
+    return top
+
+
+@pytest.mark.slow
+def test_plain_jupyter_book_shows_no_results_of_another_profile_package_or_data_set(tiny_book, tmp_path):
+    """Built in smoke, in demo, on other data, in smoke once more, and with a change in the package."""
+    one, two = (write_mura(tmp_path / name / "MURA-v1.1") for name in ("one", "two"))
+    for package in execution_cache.PACKAGES:
+        shutil.copytree(TOP / package, tmp_path / package)
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(tiny_book)]
+    executions = []
+    for profile, root in (("smoke", one), ("demo", one), ("demo", two), ("smoke", one), ("smoke", one)):
+        if len(executions) == 4:
+            (tmp_path / "mura_demo/new.py").touch()
+        settings = {"MURA_PROFILE": profile, "MURA_DATA": str(root), "PYTHONPATH": str(tmp_path)}
+        subprocess.run(command, env=os.environ | settings, check=True, capture_output=True)
+        page = (tiny_book / "_build/html/page.html").read_text()
+        assert f"shown: {profile}" in page
+        executions.append(len((tiny_book / "executed").read_text().split()))
+    assert executions == [1, 2, 3, 3, 4]
 
 
 # --- The extensions --------------------------------------------------------------------------------

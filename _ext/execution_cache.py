@@ -1,0 +1,82 @@
+"""Sphinx extension: a page never shows results of another profile, package or data set.
+
+Jupyter Book looks for a notebook's earlier execution by the notebook's code alone. Here every build, whoever
+calls it, takes a cache folder named by everything else that the results depend on: profile, package,
+libraries, data. A changed folder makes Sphinx read all pages anew. Renders demo data where there are none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from sphinx.errors import ExtensionError
+
+PACKAGES = ("mura_course", "mura_demo")
+EXTRAS = ("", "keras", "torch", "text", "keras-ocr")  # those whose libraries chapters run on
+KEPT = 4  # caches of as many profiles, data sets or versions of the package stay
+FOLDER = ".jupyter_cache"
+
+
+def setup(app) -> dict[str, Any]:
+    """Register the handler. Sphinx compares the settings with those of the last build after this event."""
+    app.connect("config-inited", choose_cache)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def choose_cache(app, config) -> None:
+    """Point myst-nb at this build's cache; remove all but the latest few; ExtensionError without data."""
+    from mura_course.errors import MuraError
+
+    caches = Path(config.nb_execution_cache_path or Path(app.outdir).parent / FOLDER).resolve()
+    try:
+        cache = caches / execution_key()
+    except MuraError as error:
+        raise ExtensionError(str(error)) from error
+    cache.mkdir(parents=True, exist_ok=True)
+    os.utime(cache)
+    others = sorted(path for path in caches.iterdir() if path.is_dir() and path != cache)
+    for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT - 1 :]:
+        shutil.rmtree(old)
+    config.nb_execution_cache_path = str(cache)
+
+
+def execution_key() -> str:
+    """Name, in 16 hexadecimal digits, everything but a notebook's code that its results depend on."""
+    from mura_course import chapter, data
+
+    profile, index = chapter.start()
+    folders = [Path(spec.origin).parent for name in PACKAGES if (spec := find_spec(name)) and spec.origin]
+    values = [profile.name, index.attrs["root"], data.fingerprint(index), sys.version, *library_versions()]
+    return digest(folders, *values)[:16]
+
+
+def library_versions() -> list[str]:
+    """Name and version of each library that the package asks for, or "absent" instead of the version."""
+    found = set()
+    for requirement in map(Requirement, requires("mura-course") or []):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in EXTRAS):
+            continue
+        try:
+            found.add(f"{requirement.name} {version(requirement.name)}")
+        except PackageNotFoundError:
+            found.add(f"{requirement.name} absent")
+    return sorted(found)
+
+
+def digest(paths: list[Path], *more: str) -> str:
+    """SHA-256 of the names and contents of all files in or at `paths`, and of `more`; dates do not count."""
+    total = hashlib.sha256("\n".join(more).encode())
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & set(file.parts):
+                total.update(f"\0{file.relative_to(path.parent).as_posix()}\0".encode())
+                total.update(file.read_bytes())
+    return total.hexdigest()
