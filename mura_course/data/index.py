@@ -14,7 +14,6 @@ import re
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -28,7 +27,6 @@ SPLITS = {"train": "train", "valid": "test"}
 
 # Where Kaggle and Colab put data sets, below "/", each searched two folders deep, in this order.
 MOUNTS = ("kaggle/input/*", "kaggle/input/datasets/*/*", "content", "content/drive/MyDrive")
-RECIPE = ("recipe", "seed", "long_side", "text")  # what fixes the pixels of demo films, in manifest.json
 DEMO_FILES = ("truth.csv", "manifest.json", "manifest.csv")  # rendered data have all three, MURA none
 TEXT_REMOVED = "removed_text.json"  # in a folder whose text was removed (chapter 2)
 RENDER = "Render the demo data again (mura-course demo)."
@@ -143,17 +141,29 @@ def load_index(root: str | os.PathLike | None = None, *, quiet: bool = False) ->
     DataError, DiskError
         A file is wrong. Every message names the file and the remedy.
     """
-    scan = Scan(find_root(root))
-    if scan.problems:
-        raise scan.problems[0].as_error()
-    index = scan.images[list(COLUMNS)].reset_index(drop=True)
-    name = "MURA-demo" if scan.is_demo else "MURA-v1.1"
-    content = _record(scan.root / "manifest.json", RECIPE, RENDER) if scan.is_demo else scan.sizes()
-    if (scan.root / TEXT_REMOVED).is_file():
+    root = find_root(root)
+    rows = pd.concat([_read_side(root, *side) for side in SPLITS.items()])
+    people = rows.drop_duplicates(["patient", "split"])
+    remedy = "Scores on the test set come out too good. Take their lines out of one side's CSV files."
+    _refuse(root, people[people.duplicated("patient")], "a patient in both train and valid", remedy)
+    is_demo = bool(any((root / name).is_file() for name in DEMO_FILES) or rows["from_demo"].any())
+    if is_demo and not (root / "truth.csv").is_file():
+        remedy = f"{RENDER} If these are MURA's films, remove {', '.join(DEMO_FILES[1:])} there."
+        raise DataError(f"{root / 'truth.csv'} is missing, but the other files are of demo data. {remedy}")
+    name = "MURA-demo" if is_demo else "MURA-v1.1"
+    if is_demo:
+        content = _record(root / "manifest.json", ("recipe", "seed", "long_side", "text"), RENDER)
+    else:
+        content = _hash(f"{path}\t{size}" for path, size in zip(rows["path"], rows["bytes"], strict=True))
+    if (root / TEXT_REMOVED).is_file():
         remedy = "Remove the text again (mura-course remove-text)."
-        name += "-no-text"
-        content += _record(scan.root / TEXT_REMOVED, ("detector", "versions"), remedy)
-    index.attrs = {"root": str(scan.root), "name": name, "is_demo": scan.is_demo, "content": content}
+        name, content = (
+            name + "-no-text",
+            content + _record(root / TEXT_REMOVED, ("detector", "versions"), remedy),
+        )
+    index = rows.assign(body_part=pd.Categorical(rows["body_part"], list(BODY_PARTS)))
+    index = index[list(COLUMNS)].reset_index(drop=True)
+    index.attrs = {"root": str(root), "name": name, "is_demo": is_demo, "content": content}
     if not quiet:
         print(f"Data: {describe(index)}")
     return index
@@ -166,111 +176,63 @@ def describe(index: pd.DataFrame) -> str:
     return printable(f"{index.attrs['name']} ({kind}), {counts}, in {paths.short_path(index.attrs['root'])}")
 
 
-class Problem(NamedTuple):
-    """What is wrong with a file of the data: ``kind`` in words, ``lines`` that show it, and the remedy."""
+def _read_side(root: Path, folder: str, split: str) -> pd.DataFrame:
+    """Read the images of one of MURA's two folders, with their labels and where they lie."""
+    image_file, label_file = root / f"{folder}_image_paths.csv", root / f"{folder}_labeled_studies.csv"
+    images = _parse(image_file, _IMAGE, folder, "image<N>.png")
+    studies = _parse(label_file, _LABEL, folder, ",<0 or 1>")
+    contradicts = studies["label"].eq("1") != studies["sign"].eq("positive")
+    _refuse(label_file, studies[contradicts], "a label contradicts its folder name")
+    # The sign is left out of the key: one study cannot be both positive and negative.
+    twice = studies.duplicated(["body_part", "patient_folder", "study_name"], keep=False)
+    _refuse(label_file, studies[twice], "a study is listed more than once")
+    unlabelled = ~images["folder"].isin(studies["folder"])
+    _refuse(image_file, images[unlabelled], f"a study has no label in {label_file.name}")
+    files = list_files(root, images["folder"].unique())
+    # As the disk spells it: ``.png`` may be ``.PNG`` there.
+    path, any_case = images["folder"] + "/" + images["image"], {name.lower(): name for name in files}
+    images["path"] = path.where(path.isin(list(files)), path.str.lower().map(any_case))
+    remedy = "Unpack the archive again, or take these lines out."
+    _refuse(image_file, images[images["path"].isna()], "images absent", remedy, DataNotFoundError)
+    twice = images["path"].duplicated(keep=False)
+    _refuse(image_file, images[twice], "an image is listed more than once")
+    images["bytes"] = [files[path].st_size for path in images["path"]]
+    images["study"] = images["body_part"] + "/" + images["patient_folder"] + "/" + images["study_name"]
+    images["label"] = images["sign"].eq("positive")
+    return images.assign(split=split).astype({"patient": "int64", "view": "int64", "label": "int64"})
 
-    file: Path
-    kind: str
-    lines: list[str]
-    remedy: str
-    error: type[MuraError] = DataError
 
-    def as_error(self) -> MuraError:
-        """Return the exception that says this."""
-        count = f" {len(self.lines):,} lines:" if self.lines else ""
-        return self.error(f"{self.file}:{count} {self.kind}. {self.remedy}{few(self.lines)}")
+def _parse(file: Path, pattern: str, folder: str, ending: str) -> pd.DataFrame:
+    """Take the lines of one CSV file apart by `pattern`: a row each, by line number."""
+    try:
+        text = disk.read_bytes(file, most=1 << 30).decode("utf-8-sig")  # Excel writes a byte order mark
+    except (OSError, UnicodeError) as error:
+        kind = DataError if file.exists() else DataNotFoundError
+        reason = getattr(error, "strerror", None) or error
+        remedy = f"It lies beside the folders train and valid. {ORIGINAL}"
+        raise kind(f"{file} cannot be read ({reason}). {remedy}") from error
+    lines = pd.Series(text.replace("\\", "/").replace('"', "").splitlines(), dtype="str").str.strip()
+    lines.index += 1
+    lines = lines[lines.ne("") & ~lines.str.contains(r"(?:^|/)(?:\._|__MACOSX/)")]
+    if len(lines) and not re.search(r"/|\.png", lines.iloc[0], re.IGNORECASE):
+        lines = lines.iloc[1:]  # a header: the only line that may hold no path
+    if lines.empty:
+        raise DataError(f"{file} is empty: it names no images or studies. {ORIGINAL}")
+    rows = lines.str.extract(pattern.format(folder=folder))
+    rows = rows.assign(line=lines, from_demo=lines.str.startswith("MURA-demo/"))
+    form = f"{folder}/XR_<PART>/patient<NNNNN>/study<N>_<positive or negative>/{ending}"
+    remedy = f"The form is {form}, with a <PART> of {', '.join(BODY_PARTS)}. {ORIGINAL}"
+    _refuse(file, rows[rows["folder"].isna()], "malformed", remedy)
+    return rows
 
 
-class Scan:
-    """A data folder as its CSV files and folders show it, read as far as they can be read.
-
-    ``images`` has the columns of the index and more; ``path`` is missing where the image is. ``problems``
-    holds what is wrong, the first thing first: `load_index` raises it, `check.check` tells them all.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.problems: list[Problem] = []
-        self.unread: set[Path] = set()  # files of which a line or more could not be used
-        self.files: dict[str, os.stat_result] = {}
-        self.is_demo = any((root / name).is_file() for name in DEMO_FILES)
-        self.images = pd.concat([self._side(*side) for side in SPLITS.items()], ignore_index=True)
-        self.images["body_part"] = pd.Categorical(self.images["body_part"], categories=list(BODY_PARTS))
-        people = self.images.drop_duplicates(["patient", "split"])
-        both = people.loc[people["patient"].duplicated(), "patient_folder"].tolist()
-        remedy = "Scores on the test set come out too good. Take their lines out of one side's CSV files."
-        self._note(root, "a patient in both train and valid", both, remedy)
-        for name in DEMO_FILES[: 2 * self.is_demo]:  # the films' truth and recipe: no going on without
-            if not (root / name).is_file():
-                remedy = f"{RENDER} If these are MURA's films, remove {', '.join(DEMO_FILES)}."
-                self.problems.append(Problem(root / name, "a file of the demo data is missing", [], remedy))
-
-    def sizes(self) -> str:
-        """Return a hash over the path and the size in bytes of every image."""
-        rows = sorted(f"{path}\t{self.files[path].st_size}" for path in self.images["path"])
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
-
-    def _note(self, file: Path, kind: str, lines: list[str], remedy: str = ORIGINAL, **more: Any) -> None:
-        if lines:
-            self.problems.append(Problem(file, kind, lines, remedy, **more))
-
-    def _side(self, folder: str, split: str) -> pd.DataFrame:
-        """Read the images of one of MURA's two folders, with their labels and where they lie."""
-        image_file, label_file = (self.root / f"{folder}_{k}.csv" for k in ("image_paths", "labeled_studies"))
-        images = self._parse(image_file, _IMAGE, folder, "image<N>.png")
-        studies = self._parse(label_file, _LABEL, folder, ",<0 or 1>")
-        contradicts = studies["label"].eq("1") != studies["sign"].eq("positive")
-        self._note(label_file, "a label contradicts its folder name", _lines(studies[contradicts]))
-        # The sign is left out of the key: one study cannot be both positive and negative.
-        twice = studies.duplicated(["body_part", "patient_folder", "study_name"], keep=False)
-        self._note(label_file, "a study is listed more than once", _lines(studies[twice]))
-        if label_file not in self.unread:
-            unlabelled = ~images["folder"].isin(studies["folder"])
-            self._note(image_file, f"a study has no label in {label_file.name}", _lines(images[unlabelled]))
-        files = list_files(self.root, images["folder"].unique())
-        self.files |= files
-        # As the disk spells it: ``.png`` may be ``.PNG`` there.
-        path, any_case = images["folder"] + "/" + images["image"], {name.lower(): name for name in files}
-        images["path"] = path.where(path.isin(files.keys()), path.str.lower().map(any_case))
-        absent = _lines(images[images["path"].isna()])
-        remedy = "Unpack the archive again, or take these lines out."
-        self._note(image_file, "images absent", absent, remedy, error=DataNotFoundError)
-        twice = images["path"].duplicated(keep=False) & images["path"].notna()
-        self._note(image_file, "an image is listed more than once", _lines(images[twice]))
-        images["study"] = images["body_part"] + "/" + images["patient_folder"] + "/" + images["study_name"]
-        images["label"] = images["sign"].eq("positive")
-        return images.assign(split=split).astype({"patient": "int64", "view": "int64", "label": "int64"})
-
-    def _parse(self, file: Path, pattern: str, folder: str, ending: str) -> pd.DataFrame:
-        """Take the lines of one CSV file apart by `pattern`: a row each, by line number."""
-        lines = self._read(file)
-        self.is_demo |= bool(lines.str.startswith("MURA-demo/").any())
-        rows = lines.str.extract(pattern.format(folder=folder)).assign(line=lines)
-        wrong = rows["folder"].isna()
-        form = f"{folder}/XR_<PART>/patient<NNNNN>/study<N>_<positive or negative>/{ending}"
-        remedy = f"The form is {form}, with a <PART> of {', '.join(BODY_PARTS)}. {ORIGINAL}"
-        self._note(file, "malformed line", _lines(rows[wrong]), remedy)
-        self.unread |= {file} if wrong.any() else set()
-        return rows[~wrong].copy()
-
-    def _read(self, file: Path) -> pd.Series:
-        """Read the data lines of a CSV file by number from 1: no header, blank lines or macOS's ``._*``."""
-        problem = "it is empty"
-        try:
-            text = disk.read_bytes(file, most=1 << 30).decode("utf-8-sig")  # Excel writes a byte order mark
-        except (OSError, UnicodeError) as error:
-            text, problem = "", f"it cannot be read ({getattr(error, 'strerror', None) or error})"
-        lines = pd.Series(text.replace("\\", "/").replace('"', "").splitlines(), dtype="str").str.strip()
-        lines.index += 1
-        lines = lines[lines.ne("") & ~lines.str.contains(r"(?:^|/)(?:\._|__MACOSX/)")]
-        if len(lines) and not re.search(r"/|\.png", lines.iloc[0], re.IGNORECASE):
-            lines = lines.iloc[1:]  # a header: the only line that may hold no path
-        if lines.empty:
-            self.unread.add(file)
-            error = DataError if file.exists() else DataNotFoundError
-            remedy = f"It lies beside the folders train and valid. {ORIGINAL}"
-            self.problems.append(Problem(file, problem, [], remedy, error))
-        return lines
+def _refuse(
+    file: Path, bad: pd.DataFrame, problem: str, remedy: str = ORIGINAL, error: type[MuraError] = DataError
+) -> None:
+    """Raise `error` if there is a `bad` row: the file, the problem with its remedy, the first few lines."""
+    if len(bad):
+        lines = [f"line {number}: {line}" for number, line in bad["line"].items()]
+        raise error(f"{file}: {len(bad):,} lines: {problem}. {remedy}{few(lines)}")
 
 
 def list_files(root: Path, folders: Iterable[str]) -> dict[str, os.stat_result]:
@@ -286,10 +248,6 @@ def list_files(root: Path, folders: Iterable[str]) -> dict[str, os.stat_result]:
     # Eight at a time: on a network drive each listing waits for the network.
     with ThreadPoolExecutor(8) as pool:
         return dict(row for rows in pool.map(listed, folders) for row in rows)
-
-
-def _lines(rows: pd.DataFrame) -> list[str]:
-    return [f"line {number}: {line}" for number, line in rows["line"].items()]
 
 
 def few(items: Collection, shown: int = 5) -> str:
@@ -331,8 +289,7 @@ def fingerprint(index: pd.DataFrame) -> str:
             f"The index has lost its attrs ({', '.join(sorted(lost))}): index.attrs = before.attrs."
         )
     rows = index["path"].astype(str) + "\t" + index["split"].astype(str) + "\t" + index["label"].astype(str)
-    text = "\n".join([index.attrs["name"], index.attrs["content"], *sorted(rows)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _hash([index.attrs["name"], index.attrs["content"], *rows])[:12]
 
 
 def pixel_key(index: pd.DataFrame) -> str:
@@ -354,8 +311,8 @@ def pixel_key(index: pd.DataFrame) -> str:
         raise DataNotFoundError(
             f"{root}: {len(absent):,} images are absent. Put them back, or load the index again.{few(absent)}"
         )
-    rows = [f"{name}\t{files[name].st_size}\t{files[name].st_mtime_ns}" for name in names]
-    return hashlib.sha256("\n".join([str(root), *rows]).encode(errors="surrogatepass")).hexdigest()
+    rows = (f"{name}\t{files[name].st_size}\t{files[name].st_mtime_ns}" for name in names)
+    return _hash([str(root), *rows])
 
 
 def load_truth(index: pd.DataFrame) -> pd.DataFrame:
@@ -402,3 +359,8 @@ def _record(file: Path, keys: tuple[str, ...], remedy: str) -> str:
     if absent := [key for key in keys if key not in record]:
         raise DataError(f"{file} does not say: {', '.join(absent)}. {remedy}")
     return json.dumps({key: record[key] for key in keys}, sort_keys=True)
+
+
+def _hash(lines: Iterable[str]) -> str:
+    """Hash `lines` in their alphabetical order, whatever their own."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogatepass")).hexdigest()

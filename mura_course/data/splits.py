@@ -5,6 +5,7 @@ Reads an index and returns another; touches no file. Knows `index` and scikit-le
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from fractions import Fraction
 
@@ -41,8 +42,8 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
 
     Notes
     -----
-    The images are dealt into folds. Those become dev whose body parts and labels are nearest to the whole's:
-    3 of 20 folds for 0.15. A body part with fewer patients than folds may be missing from dev.
+    The images are dealt into folds. For 0.15, three of twenty folds become dev. A body part
+    with fewer patients than folds may be missing from dev.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # slow to import
 
@@ -56,22 +57,19 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
     part = Fraction(fraction).limit_denominator(20) or Fraction(1, round(1 / fraction))
     splitter = StratifiedGroupKFold if by == "patient" else StratifiedKFold
     folds = splitter(part.denominator, shuffle=True, random_state=seed)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # fewer of a class than folds: see the notes
-            sides = [rows for _, rows in folds.split(strata, strata, train["patient"].astype("int64"))]
-    except ValueError:  # scikit-learn's, on too few images
-        sides = []
-    counts = np.array([[np.sum(strata[rows] == s) for s in np.unique(strata)] for rows in sides])
-    if not len(counts) or not counts.any(axis=1).all():
+    dev: list[int] = []
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):  # scikit-learn's, on too few images
+        warnings.simplefilter("ignore", UserWarning)  # fewer of a class than folds: see the notes
+        sides = list(folds.split(strata, strata, train["patient"].astype("int64")))
+        # The last folds, as patients with very many images are dealt first.
+        dev = [row for _, rows in sides[-part.numerator :] for row in rows]
+    if not 0 < len(dev) < len(train):
         raise DataError(
             f"{len(train):,} train images of {train['patient'].nunique():,} patients are too few for "
             f"{part.denominator} folds with all body parts and labels. Take more data, or another fraction."
         )
-    away = ((counts - counts.mean(0)) ** 2 / counts.mean(0)).sum(1).round(9)
-    nearest = np.argsort(away, kind="stable")[: part.numerator]
-    dev = train["path"].iloc[np.concatenate([sides[n] for n in nearest])]
-    return index.assign(split=index["split"].mask(index["path"].isin(dev), "dev"))
+    in_dev = index["path"].isin(train["path"].iloc[dev])
+    return index.assign(split=index["split"].mask(in_dev, "dev"))
 
 
 def sample_patients(split: pd.DataFrame, fraction: float, seed: int = 0) -> pd.DataFrame:
