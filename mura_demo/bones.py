@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -305,8 +306,8 @@ def _read_cloud(file: Path, pitch: float) -> Cloud | None:
 def _build_cloud_file(file: Path, key: CloudKey) -> Cloud:
     """Build a cloud and keep it: a file beside its place, then renamed."""
     cloud = build_cloud(*key)
+    np.save(content := io.BytesIO(), np.column_stack(cloud[:4]))
     beside = file.with_suffix(f".{os.getpid()}.tmp")
-    with beside.open("wb") as stream:
-        np.save(stream, np.column_stack(cloud[:4]))
+    beside.write_bytes(content.getvalue())  # NumPy itself would not say that a disk is full
     beside.replace(file)
     return cloud

@@ -1,8 +1,8 @@
 """Writes a demo data set in MURA's folder layout: many workers, one result, whole or absent.
 
-The films are written into `MURA-demo.partial` and the folder is renamed once everything stands, so a killed
-call goes on where it was. Only this module and the cache of bone clouds touch the disk. Explained in the
-appendix `a_demo_radiographs`.
+The films are written into a folder inside `MURA-demo.partial`, which takes its place once everything stands,
+so a killed call goes on where it was. Only this module and the cache of bone clouds touch the disk. Explained
+in the appendix `a_demo_radiographs`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BYTES_PER_PIXEL = 1.2  # of a finished film, measured generously; for the check 
 FILMS_PER_STUDY = 2.75
 # What an order may ask for. Every body part and label needs 60 studies; MURA itself has 14,656. Bones are
 # points some 0.6 mm apart, which shows in larger films.
-LIMITS = {"studies": (60, 100_000), "seed": (0, 2**32), "long_side": (32, 2048), "workers": (1, 256)}
+LIMITS = {"studies": (60, 100_000), "seed": (0, 2**32 - 1), "long_side": (32, 2048), "workers": (1, 256)}
 ORDER = ("studies", "seed", "long_side", "text", "recipe")  # what fixes every pixel
 REMEDY = "Make room or allow writing there, or choose another folder (--out, or the variable MURA_CACHE)."
 README = """\
@@ -134,24 +134,17 @@ def write_demo(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file. Name the folder that MURA-demo shall be put into.")
     final, partial = out / "MURA-demo", out / "MURA-demo.partial"
-    try:
-        with _locked(final):
-            if final.exists():
-                _check_same(final, order)
-                return final
-            _require_room(out, order)
-            _prepare(partial, order)
-            planned = plan(order["studies"], order["seed"])
-            _render(partial, order, planned, workers, (Path(cache) if cache else partial) / "bones")
-            _finish(partial, order, planned)
-            partial.rename(final)
-    except OSError as error:
-        if error.errno is None:  # one of this module's own, which says all
-            raise
-        place = f" at {error.filename}" if error.filename else ""
-        raise OSError(
-            f"The demo data cannot be written into {out} ({error.strerror}{place}). {REMEDY}"
-        ) from error
+    if not final.exists():
+        with _named(out), _locked(final):
+            if not final.exists():  # another process may have made it by now
+                _require_room(partial, order)
+                _prepare(partial, order)
+                planned = plan(order["studies"], order["seed"])
+                _render(partial, order, planned, workers, (Path(cache) if cache else partial) / "bones")
+                _finish(partial, order, planned)
+                (partial / "MURA-demo").rename(final)
+                shutil.rmtree(partial)
+    _check_same(final, order)
     return final
 
 
@@ -230,7 +223,7 @@ def _number(name: str, value: Any) -> int:
     with contextlib.suppress(TypeError):
         if low <= (number := operator.index(value)) <= high:
             return number
-    option = f"--{name.replace('_', '-')}"
+    option = f"{name} (--{name.replace('_', '-')})"
     raise ValueError(f"{option} must be a whole number from {low:,} to {high:,}, not {value!r}.")
 
 
@@ -249,6 +242,18 @@ def _read(file: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn the disk's own errors, which seldom say where, into one that names the folder and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # one of this module's own, which says all
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        raise OSError(f"{folder} cannot be written ({error.strerror}{place}). {REMEDY}") from error
 
 
 @contextlib.contextmanager
@@ -274,14 +279,16 @@ def _check_same(final: Path, order: dict[str, Any]) -> None:
         raise FileExistsError(f"{final} holds other data ({asked}). Choose another folder, or move it away.")
 
 
-def _require_room(out: Path, order: dict[str, Any]) -> None:
-    each = FILMS_PER_STUDY * order["long_side"] ** 2 * BYTES_PER_PIXEL + 4096 * FILMS_PER_STUDY
-    free = shutil.disk_usage(out).free
-    if order["studies"] * each > free:
+def _require_room(partial: Path, order: dict[str, Any]) -> None:
+    """Refuse an order whose films, as far as they are not there yet, find no room."""
+    each = FILMS_PER_STUDY * (BYTES_PER_PIXEL * order["long_side"] ** 2 + 4096)  # a file fills whole blocks
+    free = shutil.disk_usage(partial.parent).free
+    done = sum(1 for _ in partial.glob("done/*")) if _read(partial / "order.json") == order else 0
+    needed = (order["studies"] - done) * each
+    if needed > free:
         raise OSError(
-            f"{out} has too little room: {order['studies']:,} studies need some "
-            f"{order['studies'] * each / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free, enough for "
-            f"--studies {int(free / each):,}. {REMEDY}"
+            f"{partial.parent} has too little room: {needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} "
+            f"GB are free, enough for some {done + int(free / each):,} studies (--studies). {REMEDY}"
         )
 
 
@@ -289,7 +296,7 @@ def _prepare(partial: Path, order: dict[str, Any]) -> None:
     """Make a folder with the order in it, or keep what a killed call with the same order left."""
     note = partial / "order.json"
     if partial.is_symlink() or partial.exists():
-        before = None if partial.is_symlink() else _read(note)
+        before = _read(note)
         ours = before is not None and set(before) == set(ORDER)
         just_made = partial.is_dir() and {f.name for f in partial.iterdir()} <= {"order.json.tmp"}
         if partial.is_symlink() or not (ours or just_made):
@@ -313,9 +320,10 @@ def _write(path: Path, content: bytes) -> None:
 
 def _render(partial: Path, order: dict[str, Any], planned: list[Study], workers: int, bones: Path) -> None:
     """Render what is not done yet in worker processes. They end by themselves when this one is killed."""
-    todo = {i: s for i, s in enumerate(planned) if not (partial / "done" / f"{i}.json").exists()}
-    for part in tqdm(PARTS, desc="bones", leave=False):  # built once, before the workers need them
-        clouds(part, bones)
+    todo = {i: s for i, s in enumerate(planned) if _read(partial / "done" / f"{i}.json") is None}
+    with _named(bones):
+        for part in tqdm(PARTS, desc="bones", leave=False):  # built once, before the workers need them
+            clouds(part, bones)
     workers = max(1, min(workers, len(todo)))
     with (
         ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool,
@@ -364,33 +372,32 @@ def _render_study(partial: Path, order: dict[str, Any], number: int, study: Stud
     """Write the films of a study, then the note that they are done; returns how many."""
     films = film_study(study, order["seed"], order["long_side"], bones, order["text"])
     rows = [_save(partial, *taken) for taken in films]
-    _write(partial / "done" / f"{number}.json", json.dumps(rows).encode())
+    _write(partial / "done" / f"{number}.json", json.dumps({"films": rows}).encode())
     return len(rows)
 
 
 def _save(partial: Path, path: str, film: Film, truth: dict[str, Any]) -> dict[str, Any]:
     png = cv2.imencode(".png", film.image, [cv2.IMWRITE_PNG_COMPRESSION, 4])[1].tobytes()
-    (partial / path).parent.mkdir(parents=True, exist_ok=True)
-    _write(partial / path, png)
+    file = partial / "MURA-demo" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _write(file, png)
     return truth | {"bytes": len(png), "sha256": hashlib.sha256(png).hexdigest()}
 
 
 def _finish(partial: Path, order: dict[str, Any], planned: list[Study]) -> None:
-    """MURA's four CSV files, truth, manifest and README, from the notes of the workers."""
-    notes = [partial / "done" / f"{i}.json" for i in range(len(planned))]
-    table = pd.DataFrame([row for note in notes for row in json.loads(note.read_bytes())])
+    """Write MURA's four CSV files, truth, manifest and README, from the notes of the workers."""
+    notes = [json.loads((partial / "done" / f"{i}.json").read_bytes()) for i in range(len(planned))]
+    table = pd.DataFrame([row for note in notes for row in note["films"]])
+    data = partial / "MURA-demo"
     for split in ("train", "valid"):
         paths = [f"MURA-demo/{p}" for p in table.path if p.startswith(split)]
-        _write(partial / f"{split}_image_paths.csv", "".join(f"{p}\n" for p in paths).encode())
+        _write(data / f"{split}_image_paths.csv", "".join(f"{p}\n" for p in paths).encode())
         labels = [f"MURA-demo/{s.folder}/,{s.label}\n" for s in planned if s.split == split]
-        _write(partial / f"{split}_labeled_studies.csv", "".join(labels).encode())
+        _write(data / f"{split}_labeled_studies.csv", "".join(labels).encode())
     measured = ["bytes", "sha256"]
-    _write(partial / "manifest.csv", table[["path", *measured]].to_csv(index=False).encode())
-    _write(partial / "truth.csv", table.drop(columns=measured).to_csv(index=False).encode())
+    _write(data / "manifest.csv", table[["path", *measured]].to_csv(index=False).encode())
+    _write(data / "truth.csv", table.drop(columns=measured).to_csv(index=False).encode())
     versions = {"numpy": np.__version__, "opencv": cv2.__version__}
     made = order | {"images": len(table), "versions": versions}
-    _write(partial / "manifest.json", json.dumps(made, indent=1).encode())
-    _write(partial / "README.txt", README.encode())
-    for scaffold in ("done", "bones"):
-        shutil.rmtree(partial / scaffold, ignore_errors=True)
-    (partial / "order.json").unlink()
+    _write(data / "manifest.json", json.dumps(made, indent=1).encode())
+    _write(data / "README.txt", README.encode())
