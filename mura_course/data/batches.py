@@ -1,18 +1,18 @@
 """From stored pixels to the float batches that a model sees: `Augment`, `Batches` (room: data; chapter 4).
 
-Writes nothing. Augments with OpenCV, on uint8, in threads. Imports Keras or torch only where an adapter is asked
-for. The pixels come from `store`.
+Writes nothing. Augments with OpenCV, on uint8, in threads. Imports Keras or torch only where an adapter is
+asked for. The pixels come from `store`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..errors import DataError, one_of
 from .index import BODY_PARTS
-from .store import PixelStore, ahead, single_threaded_opencv
+from .store import PixelStore, ahead
 
 # --- Augmentation -------------------------------------------------------------------------------------
 
@@ -44,18 +44,11 @@ class Augment:
     flip: float = 0.0
     autocontrast: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rotation <= 180:
-            raise DataError(f"rotation must lie between 0 and 180 degrees, not {self.rotation!r}.")
-        for name in ("flip", "autocontrast"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"{name} is a probability, between 0 and 1, not {getattr(self, name)!r}.")
-
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """`image`, uint8 (height, width), changed as the 3 `draws`, uniform in [0, 1), decide."""
-        angle, mirror = (2 * draws[0] - 1) * self.rotation, draws[1] < self.flip
-        if angle:
-            image = rotate(image, angle, mirror)
+        """Change `image`, uint8 (height, width), as the 3 `draws`, uniform in [0, 1), decide."""
+        mirror = draws[1] < self.flip
+        if self.rotation:
+            image = rotate(image, (2 * draws[0] - 1) * self.rotation, mirror)
         elif mirror:
             image = cv2.flip(image, 1)
         return autocontrast(image) if draws[2] < self.autocontrast else image
@@ -85,17 +78,14 @@ def rotate(image: np.ndarray, degrees: float, mirror: bool = False) -> np.ndarra
     ndarray
         uint8 of the same shape; the edge is repeated where the turned image leaves a corner empty.
     """
-    height, width = image.shape[:2]
-    x, y = (width - 1) / 2, (height - 1) / 2
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    centre, angle = (np.array(image.shape[::-1]) - 1) / 2, np.deg2rad(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     # Edges repeated beforehand: warpAffine is faster where it need not look whether it is still inside.
-    outside = max(abs(cos) * x + abs(sin) * y - x, abs(sin) * x + abs(cos) * y - y)
-    pad = math.ceil(outside) + 1
-    image = cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    # Where in the padded image each pixel of the new one lies.
-    xx, yx = (-cos, -sin) if mirror else (cos, sin)
-    back = np.array([[xx, -sin, pad + x - xx * x + sin * y], [yx, cos, pad + y - yx * x - cos * y]])
-    return cv2.warpAffine(image, back, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    pad = int(np.ceil((np.abs(turn) @ centre - centre).max())) + 1
+    padded = cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+    turn = turn * (-1 if mirror else 1, 1)
+    back = np.column_stack([turn, centre + pad - turn @ centre])  # where a pixel of the new image comes from
+    return cv2.warpAffine(padded, back, image.shape[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
@@ -123,15 +113,13 @@ def autocontrast(image: np.ndarray) -> np.ndarray:
 
 _GREY = np.arange(256.0)
 _MEAN, _STD = np.array([[0.485], [0.456], [0.406]]), np.array([[0.229], [0.224], [0.225]])  # ImageNet, RGB
-# What a model sees for each grey level, float32 (3, 256). Looked up, so every value is correctly rounded.
+# What a model sees for each grey level: float32 (3, 256), or (1, 256) where the channels are alike. They are
+# looked up, so every value is correctly rounded.
 SCALES: dict[str, np.ndarray] = {
-    name: np.broadcast_to(levels, (3, 256)).astype(np.float32)
-    for name, levels in (
-        ("0..1", _GREY / 255),  # KL 1.4
-        ("-1..1", _GREY / 127.5 - 1),  # EfficientNet-Lite
-        ("0..255", _GREY),  # models that scale inside
-        ("imagenet", (_GREY / 255 - _MEAN) / _STD),  # KN 2.1
-    )
+    "0..1": (_GREY[None] / 255).astype(np.float32),  # KL 1.4
+    "-1..1": (_GREY[None] / 127.5 - 1).astype(np.float32),  # EfficientNet-Lite
+    "0..255": _GREY[None].astype(np.float32),  # models that scale inside
+    "imagenet": ((_GREY / 255 - _MEAN) / _STD).astype(np.float32),  # KN 2.1
 }
 
 
@@ -145,49 +133,36 @@ def check_scale(expected: str, batches: object) -> None:
     DataError
         They differ, or `batches` states none.
     """
-    one_of("the expected scale", expected, SCALES)
     scale = getattr(batches, "scale", None)
-    if scale != expected:
-        there = f"these batches deliver {scale!r}" if scale else f"a {type(batches).__name__} states no scale"
+    if scale != one_of("the expected scale", expected, SCALES):
         raise DataError(
-            f"The model expects pixels scaled to {expected!r}, {there}. Make them with "
-            f'Batches(..., scale="{expected}").'
+            f"The model expects pixels scaled to {expected!r}, and these batches deliver {scale!r}. Make "
+            f'them with Batches(..., scale="{expected}").'
         )
 
 
 def _to_float(image: np.ndarray, scale: str, layout: str, out: np.ndarray) -> None:
     """Write the uint8 `image` (size, size), scaled, three times into `out`, a view of a batch."""
-    table, alike = SCALES[scale], scale != "imagenet"
     if layout == "nhwc":
-        table = table[0] if alike else cv2.merge(list(table))[None]
-        cv2.LUT(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), table, dst=out)
-    elif alike:
-        cv2.LUT(image, table[0], dst=out[0])
-        out[1:] = out[0]
+        cv2.LUT(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), cv2.merge(list(SCALES[scale])), dst=out)
     else:
-        for c in range(3):
-            cv2.LUT(image, table[c], dst=out[c])
+        for channel, levels in zip(out, SCALES[scale], strict=False):
+            cv2.LUT(image, levels, dst=channel)
+        out[len(SCALES[scale]) :] = out[0]
 
 
 # --- Batches ------------------------------------------------------------------------------------------
 
-Targets = np.ndarray | dict[str, np.ndarray]
+Targets: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
 
-class _Epoch(NamedTuple):
-    """All that is random in an epoch: rows in their order, and three draws for each row."""
-
-    number: int
-    order: np.ndarray
-    draws: np.ndarray
-
-
+@dataclass(repr=False, eq=False)
 class Batches:
     """Batches (x, y) of the images of an index, shuffled and augmented, the same for any number of threads.
 
     ``batches[i]`` depends on seed, epoch and i alone, and what happens to an image on seed, epoch and its row
-    in `index`, so training can go on anywhere after `set_epoch`. Iterating makes batches ahead in threads, and
-    ends by going to the next epoch.
+    in `index`, so training can go on anywhere after `set_epoch`. Iterating makes batches ahead in threads,
+    and ends by going to the next epoch.
 
     Parameters
     ----------
@@ -208,7 +183,7 @@ class Batches:
     layout : {"nhwc", "nchw"}
         Channels last (Keras) or first (torch); grey is repeated three times.
     workers : int
-        Threads; 0: none.
+        Threads, at least one.
     drop_last : bool
         Leave an incomplete last batch out.
     target : str or tuple of str
@@ -227,100 +202,88 @@ class Batches:
         The store lacks an image, or an argument is wrong.
     """
 
-    scale: str | None
+    store: PixelStore
+    index: pd.DataFrame
+    batch_size: int = 64
+    shuffle: bool = False
+    augment: Augment | None = None
+    seed: int = 0
+    scale: str = "0..1"
+    layout: str = "nhwc"
+    workers: int = 2
+    drop_last: bool = False
+    target: str | tuple[str, ...] = "label"
 
-    def __init__(
-        self,
-        store: PixelStore,
-        index: pd.DataFrame,
-        batch_size: int = 64,
-        shuffle: bool = False,
-        augment: Augment | None = None,
-        seed: int = 0,
-        scale: str = "0..1",
-        layout: str = "nhwc",
-        workers: int = 2,
-        drop_last: bool = False,
-        target: str | tuple[str, ...] = "label",
-    ) -> None:
-        one_of("scale", scale, SCALES)
-        one_of("layout", layout, ("nhwc", "nchw"))
-        if batch_size < 1 or len(index) < (batch_size if drop_last else 1):
-            raise DataError(f"{len(index)} images make no batch of {batch_size}. Which step left so few?")
-        if workers < 0:
-            raise DataError(f"workers is a number of threads, 0 or more, not {workers!r}.")
-        self.store, self.index, self.augment, self.seed = store, index, augment, seed
-        self.batch_size, self.shuffle, self.drop_last, self.workers = batch_size, shuffle, drop_last, workers
-        self.scale, self.layout, self.target = scale, layout, target
-        self._rows = store.rows(index)
-        names = (target,) if isinstance(target, str) else target
-        self._targets = {name: _target(index, name) for name in names}
+    def __post_init__(self) -> None:
+        one_of("scale", self.scale, SCALES)
+        one_of("layout", self.layout, ("nhwc", "nchw"))
+        size, images = self.batch_size, len(self.index)
+        if size < 1 or images < (size if self.drop_last else 1):
+            raise DataError(f"{images} images make no batch of {size}. Did data.split_dev(index) come first?")
+        self._rows = self.store.rows(self.index)
+        parts = pd.Categorical(self.index["body_part"], categories=BODY_PARTS).codes
+        known = {"label": self.index["label"].to_numpy(np.float32), "body_part": parts.astype(np.int64)}
+        names = (self.target,) if isinstance(self.target, str) else self.target
+        self._targets = {name: known[one_of("target", name, known)] for name in names}
         self.set_epoch(0)
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.index), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
-    @property
-    def epoch(self) -> int:
-        """The epoch's number, from 0."""
-        return self._epoch.number
-
-    @property
-    def order(self) -> np.ndarray:
-        """Rows of `index` in this epoch's order, int64 (len(index),)."""
-        return self._epoch.order
-
     def set_epoch(self, epoch: int) -> None:
         """Go to `epoch`, counted from 0: to its order and its augmentation."""
         draws = np.random.default_rng((self.seed, epoch)).random((len(self.index), 4))
         # Sorting draws is a shuffle whose result, unlike permutation's, no NumPy version may change.
-        order = np.argsort(draws[:, 0], kind="stable") if self.shuffle else np.arange(len(self.index))
-        self._epoch = _Epoch(epoch, order, draws[:, 1:])
+        self.order = np.argsort(draws[:, 0], kind="stable") if self.shuffle else np.arange(len(draws))
+        self.epoch, self._draws = epoch, draws[:, 1:]
 
     def on_epoch_end(self) -> None:
         """Go to the next epoch."""
         self.set_epoch(self.epoch + 1)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, Targets]:
-        return self._batch(range(len(self))[i], self._epoch, np.empty)
+        return self._batch(range(len(self))[i], np.empty)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Targets]]:
         yield from self.some(range(len(self)))
         self.on_epoch_end()
 
     def some(self, numbers: Sequence[int]) -> Iterator[tuple[np.ndarray, Targets]]:
-        """The batches with these numbers, made ahead as in iterating; stays in this epoch."""
-        epoch, empty = self._epoch, _Recycler(self.workers + 4).empty
-        yield from ahead(lambda k: self._batch(numbers[k], epoch, empty), len(numbers), self.workers)
+        """Yield the batches with these numbers, made ahead as in iterating; stays in this epoch."""
+        now, empty = copy.copy(self), _Recycler(self.workers + 4).empty
+        yield from ahead(lambda k: now._batch(numbers[k], empty), len(numbers), self.workers)
+
+    def _members(self, i: int) -> np.ndarray:
+        """Return the rows of `index` that batch `i` of this epoch holds."""
+        return self.order[i * self.batch_size : (i + 1) * self.batch_size]
 
     def targets(self, members: np.ndarray) -> Targets:
-        """y of these rows of `index`, as `target` says."""
+        """Return y of these rows of `index`, as `target` says."""
         y = {name: values[members] for name, values in self._targets.items()}
         return y[self.target] if isinstance(self.target, str) else y
 
-    def _batch(self, i: int, epoch: _Epoch, empty: Callable) -> tuple[np.ndarray, Targets]:
-        """Batch `i` of an epoch, in memory that `empty` gives."""
-        members, size = epoch.order[i * self.batch_size : (i + 1) * self.batch_size], self.store.size
+    def _batch(self, i: int, empty: Callable) -> tuple[np.ndarray, Targets]:
+        """Batch `i` of this epoch, in memory that `empty` gives."""
+        members, size = self._members(i), self.store.size
         shape = (size, size, 3) if self.layout == "nhwc" else (3, size, size)
         x, pixels = empty((len(members), *shape), np.float32), self.store.pixels
-        with single_threaded_opencv():
-            for out, member in zip(x, members, strict=True):
-                image = pixels[self._rows[member]]
-                if self.augment is not None:
-                    image = self.augment(image, epoch.draws[member])
-                _to_float(image, self.scale, self.layout, out)
+        for out, member in zip(x, members, strict=True):
+            image = pixels[self._rows[member]]
+            if self.augment is not None:
+                image = self.augment(image, self._draws[member])
+            _to_float(image, self.scale, self.layout, out)
         return x, self.targets(members)
 
     def keras(self) -> Any:
-        """A ``keras.utils.PyDataset``, channels last, that also has `batches`, `scale` and `set_epoch`.
+        """Return a ``keras.utils.PyDataset``, channels last, with `batches`, `scale` and `set_epoch`.
 
         ``fit`` mixes the batches of an epoch once more, unless called with ``shuffle=False``.
         """
         return _keras_dataset(self._with_layout("nhwc"))
 
     def torch(self) -> Any:
-        """A torch DataLoader, channels first, that also has `batches`, `scale` and `set_epoch`.
+        """Return a torch DataLoader, channels first, with `batches`, `scale` and `set_epoch`.
 
         Its data set has one item a batch. A sampler that is put in, as Lightning does with several devices,
         chooses among batches.
@@ -333,44 +296,34 @@ class Batches:
         return batches
 
 
-def _target(index: pd.DataFrame, name: str) -> np.ndarray:
-    """y of all rows."""
-    one_of("target", name, ("label", "body_part"))
-    if name == "label":
-        return index["label"].to_numpy(np.float32)
-    return pd.Categorical(index["body_part"], categories=BODY_PARTS).codes.astype(np.int64)
-
-
 class _Recycler:
     """Arrays handed out again once nobody refers to them: fresh memory takes as long to get as to fill."""
 
     def __init__(self, most: int) -> None:
-        self._arrays, self._most, self._lock = [], most, threading.Lock()
+        self._arrays, self._lock = deque(maxlen=most), threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """An array of any content."""
+        """Return an array of any content."""
         with self._lock:
             for i in range(len(self._arrays)):  # no name for the array: it would be one reference more
                 if self._arrays[i].shape == shape and _references(self._arrays, i) == _IDLE:
                     return self._arrays[i]
-            fresh = np.empty(shape, dtype)
-            if len(self._arrays) < self._most:
-                self._arrays.append(fresh)
-            return fresh
+            self._arrays.append(np.empty(shape, dtype))
+            return self._arrays[-1]
 
 
-def _references(arrays: list, i: int) -> int:
+def _references(arrays: deque, i: int) -> int:
     return sys.getrefcount(arrays[i])
 
 
-_IDLE = _references([np.empty(0)], 0)  # measured, because Python versions count differently
+_IDLE = _references(deque([np.empty(0)]), 0)  # measured, because Python versions count differently
 
 
 # --- Adapters -----------------------------------------------------------------------------------------
 
 
 def _keras_dataset(batches: Batches) -> Any:
-    """What `Batches.keras` returns."""
+    """Make what `Batches.keras` returns."""
     import keras
 
     class KerasBatches(keras.utils.PyDataset):
@@ -399,37 +352,28 @@ def _keras_dataset(batches: Batches) -> Any:
 
 
 def _torch_loader(batches: Batches) -> Any:
-    """What `Batches.torch` returns."""
-    from torch.utils.data import DataLoader, Dataset, default_convert
-
-    class TorchBatches(Dataset):
-        """Item i is batch i."""
-
-        def __len__(self) -> int:
-            return len(batches)
-
-        def __getitem__(self, i: int) -> Any:
-            return default_convert(batches[i])
+    """Make what `Batches.torch` returns."""
+    from torch.utils.data import DataLoader, default_convert
 
     class TorchLoader(DataLoader):
         """Makes batches ahead in threads, in the order of its sampler; needs no processes."""
 
-        def __init__(self, dataset: Dataset, **options: Any) -> None:
+        def __init__(self, dataset: Any, **options: Any) -> None:
             super().__init__(dataset, **options)
-            self.batches, self.scale, self.set_epoch = batches, batches.scale, batches.set_epoch
+            self.batches, self.scale, self.set_epoch = dataset, dataset.scale, dataset.set_epoch
 
         def __iter__(self) -> Any:
-            yield from map(default_convert, batches.some(list(self.sampler)))  # shares the arrays' memory
-            batches.on_epoch_end()
+            yield from map(default_convert, self.batches.some(list(self.sampler)))  # shares the memory
+            self.batches.on_epoch_end()
 
-    return TorchLoader(TorchBatches(), batch_size=None)
+    return TorchLoader(batches, batch_size=None)
 
 
 # --- The reports' datasets ----------------------------------------------------------------------------
 
 
 def kl_datasets(split: pd.DataFrame, store: PixelStore, **options: Any) -> dict[str, Batches]:
-    """The four datasets of KL Table 1.
+    """Make the four datasets of KL Table 1.
 
     Parameters
     ----------
@@ -451,7 +395,7 @@ def kl_datasets(split: pd.DataFrame, store: PixelStore, **options: Any) -> dict[
     DataError
         Train, dev or test is empty, or an option is wrong.
     """
-    train, dev, test = _parts(split, needed=("train", "dev", "test"))
+    train, dev, test = (split.loc[split["split"].eq(name), :] for name in ("train", "dev", "test"))
     return {
         "train original": Batches(store, train, shuffle=True, **options),
         "train augmented": Batches(store, train, shuffle=True, augment=KL_AUGMENT, **options),
@@ -461,7 +405,7 @@ def kl_datasets(split: pd.DataFrame, store: PixelStore, **options: Any) -> dict[
 
 
 def kn_datasets(split: pd.DataFrame, store: PixelStore, **options: Any) -> dict[str, Batches]:
-    """KN's datasets (KN 2.1): RGB scaled by ImageNet's mean and standard deviation, channels first.
+    """Make KN's datasets (KN 2.1): RGB scaled by ImageNet's mean and standard deviation, channels first.
 
     Parameters
     ----------
@@ -479,17 +423,9 @@ def kn_datasets(split: pd.DataFrame, store: PixelStore, **options: Any) -> dict[
     DataError
         Train or test is empty, or an option is wrong.
     """
-    train, dev, test = _parts(split, needed=("train", "test"))
+    train, dev, test = (split.loc[split["split"].eq(name), :] for name in ("train", "dev", "test"))
     options = {"scale": "imagenet", "layout": "nchw"} | options
     sets = {"train": Batches(store, train, shuffle=True, augment=KN_AUGMENT, **options)}
     if not dev.empty:
         sets["validation"] = Batches(store, dev, **options)
     return sets | {"test": Batches(store, test, **options)}
-
-
-def _parts(split: pd.DataFrame, needed: tuple[str, ...]) -> list[pd.DataFrame]:
-    """The rows of train, dev and test."""
-    parts = {name: split[split["split"].eq(name)] for name in ("train", "dev", "test")}
-    if any(parts[name].empty for name in needed):
-        raise DataError(f"The index must hold {', '.join(needed)} images: call data.split_dev(index) first.")
-    return list(parts.values())

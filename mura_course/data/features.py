@@ -1,25 +1,25 @@
 """What a frozen backbone makes of the images, computed once and kept (room: data; chapters 5 and 7).
 
-A frozen backbone turns an image into the same numbers in every epoch, and an augmented image into others, unless
-a number of *views* is agreed on. Writes below ``<cache folder>/features``. Imports no framework: an `Extractor`
-brings it.
+A frozen backbone turns an image into the same numbers in every epoch, and an augmented image into others,
+unless a number of *views* is agreed on. Writes below ``<cache folder>/features``. Imports no framework: an
+`Extractor` brings it.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from .. import disk, paths
+from .. import paths
 from ..errors import DataError
-from .batches import Batches, Targets, _Epoch
-from .store import open_array, write_array
+from .batches import Batches, Targets
+from .store import cached_array
 
 FORMAT = 2  # part of a key: raise it when what `Batches` makes of an image changes
 
@@ -52,11 +52,8 @@ class Extractor(Protocol):
 
 
 def digest_of(arrays: Iterable[np.ndarray]) -> str:
-    """A short hash of a backbone's weights, in their order: 12 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()[:12]
+    """Hash a backbone's weights, in their order, to 12 hexadecimal digits."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
 
 
 class FeatureBatches(Batches):
@@ -71,18 +68,17 @@ class FeatureBatches(Batches):
     """
 
     def __init__(self, of: Batches, views: list[np.ndarray]) -> None:
-        vars(self).update(vars(copy.copy(of)))
-        self.views, self.scale, self.workers = views, None, 0  # features have no scale; to read them is quick
+        # Features have no scale, and reading them needs no threads.
+        vars(self).update(vars(of), scale=None, workers=1)
+        self.views = views
 
-    def _batch(self, i: int, epoch: _Epoch, empty: Callable) -> tuple[np.ndarray, Targets]:
-        members = epoch.order[i * self.batch_size : (i + 1) * self.batch_size]
-        return self.views[epoch.number % len(self.views)][members], self.targets(members)
+    def _batch(self, i: int, empty: Callable) -> tuple[np.ndarray, Targets]:
+        members = self._members(i)
+        return self.views[self.epoch % len(self.views)][members], self.targets(members)
 
 
-def extract(
-    extractor: Extractor, batches: Batches, views: int = 1, progress: bool = True
-) -> FeatureBatches:
-    """The features of the images of `batches`, computed where they are not in the cache.
+def extract(extractor: Extractor, batches: Batches, views: int = 1, progress: bool = True) -> FeatureBatches:
+    """Return the features of the images of `batches`, computed where they are not in the cache.
 
     Parameters
     ----------
@@ -103,25 +99,20 @@ def extract(
     Raises
     ------
     DataError
-        The backbone takes images of another size, or gives other features than it says.
+        The backbone takes images of another size.
     DiskError
         No room, no permission, or damaged features (their hash is checked once a process).
 
     Notes
     -----
-    An array belongs to the backbone's weights, the pixels (`PixelStore`), the rows of the index and, for a view,
-    to augmentation and seed: where one of them changes, other features are computed. A pass that was killed
-    leaves nothing.
+    An array belongs to the backbone's weights, the pixels (`PixelStore`), the rows of the index and, for a
+    view, to augmentation and seed: where one of them changes, other features are computed. A pass that was
+    killed leaves nothing.
     """
-    store = batches.store
-    if extractor.size not in (None, store.size):
-        raise DataError(
-            f"The backbone takes images of {extractor.size} px, {store.folder} holds {store.size} px. "
-            f"Open a store of that size: PixelStore.open_or_build(index, {extractor.size})."
-        )
-    if views < 1:
-        raise DataError(f"views must be 1 or more, not {views!r}.")
-    numbers = range(views if batches.augment else 1)
+    size = batches.store.size
+    if extractor.size not in (None, size):
+        raise DataError(f"{extractor.name} takes images of {extractor.size} px, this store holds {size} px.")
+    numbers = range(max(1, views) if batches.augment else 1)
     return FeatureBatches(batches, [_view(extractor, batches, number, progress) for number in numbers])
 
 
@@ -133,32 +124,16 @@ def _view(extractor: Extractor, batches: Batches, number: int, progress: bool) -
     key = [FORMAT, about, extractor.scale, extractor.layout, extractor.dim, changes, rows]
     name = f"{extractor.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     file = paths.cache_dir() / "features" / name / "features.npy"
-    if not file.parent.exists():
-        with disk.lock(file.parent):
-            if not file.parent.exists():
-                blocks = _compute(extractor, batches, number, progress)
-                write_array(file, (len(rows), extractor.dim), np.float32, blocks, about)
-    return open_array(file)
+    blocks = _compute(extractor, batches, number, progress)
+    return cached_array(file, (len(rows), extractor.dim), np.float32, about, blocks)
 
 
 def _compute(extractor: Extractor, batches: Batches, number: int, progress: bool) -> Iterator[np.ndarray]:
-    """The features of the images in the order of the index, batch by batch."""
-    source = Batches(
-        batches.store,
-        batches.index,
-        batches.batch_size,
-        augment=batches.augment,
-        seed=batches.seed,
-        scale=extractor.scale,
-        layout=extractor.layout,
-        workers=batches.workers,
-    )
+    """Compute the features of the images in the order of the index, batch by batch."""
+    source = replace(batches, shuffle=False, drop_last=False, scale=extractor.scale, layout=extractor.layout)
     source.set_epoch(number)
     title = f"{extractor.name}, once per image"
     with tqdm(total=len(source.index), desc=title, unit="image", leave=False, disable=not progress) as bar:
         for x, _ in source.some(range(len(source))):
-            values = np.ascontiguousarray(extractor(x), np.float32)
-            if values.shape != (len(x), extractor.dim):
-                raise DataError(f"{extractor.name} gave features {values.shape}, not ({len(x)}, {extractor.dim}).")
-            yield values
+            yield np.ascontiguousarray(extractor(x), np.float32)
             bar.update(len(x))

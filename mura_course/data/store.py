@@ -1,22 +1,22 @@
 """Every image decoded once: `PixelStore`, a memory-mapped array on disk (room: data; chapter 4).
 
 Reads the images of an index and writes only below ``<cache folder>/pixels``. An array stands on disk with the
-hash of its content (`write_array`, `open_array`), whole or not at all. Imports no framework.
+hash of its content (`cached_array`), whole or not at all. Imports no framework.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,56 +25,10 @@ from tqdm import tqdm
 
 from .. import disk, paths
 from ..errors import DataError, DiskError, one_of
-from .index import pixel_key
+from .index import few, pixel_key
 
 FORMAT = 2  # part of a store's key: raise it when what `read_image` returns changes
-RULES = ("squash", "pad")
-Made = TypeVar("Made")
-
-
-# --- Threads ------------------------------------------------------------------------------------------
-
-_opencv_lock = threading.Lock()
-_opencv_threads: list[int] = []
-
-
-@contextlib.contextmanager
-def single_threaded_opencv() -> Iterator[None]:
-    """Keep OpenCV from starting threads, which get in the way of ours.
-
-    The setting is global: the first one in notes the number of threads, and the last one out puts it back.
-    """
-    with _opencv_lock:
-        _opencv_threads.append(_opencv_threads[0] if _opencv_threads else cv2.getNumThreads())
-        cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        with _opencv_lock:
-            threads = _opencv_threads.pop()
-            if not _opencv_threads:
-                cv2.setNumThreads(threads)
-
-
-def ahead(make: Callable[[int], Made], count: int, workers: int) -> Iterator[Made]:
-    """Yield make(0) .. make(count - 1) in order, at most `workers` + 2 of them made ahead in threads.
-
-    Errors come in their place. The threads end with the loop, also where it is left early.
-    """
-    if workers == 0:
-        yield from map(make, range(count))
-        return
-    pool, waiting = ThreadPoolExecutor(workers, thread_name_prefix="mura"), deque()
-    try:
-        for i in range(count):
-            waiting.append(pool.submit(make, i))
-            if len(waiting) > workers + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
+cv2.setNumThreads(1)  # whole images are what our own threads share out
 
 # --- One image ----------------------------------------------------------------------------------------
 
@@ -107,7 +61,7 @@ def read_image(file: str | os.PathLike, size: int, rule: str = "squash", channel
     """
     encoded = np.frombuffer(disk.read_bytes(Path(file)), np.uint8)
     mode = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    # imdecode, because imread cannot open every path on Windows. It returns None for what it can't decode whole.
+    # imdecode, because imread cannot open every path on Windows; None: it cannot be decoded whole.
     image = cv2.imdecode(encoded, mode | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
     if image is None:
         raise DataError("no image, or cut short" if encoded.size else "empty file")
@@ -153,30 +107,52 @@ def _resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 # --- An array on disk, with its hash ------------------------------------------------------------------
 
-_verified: set[tuple] = set()
 
-
-def write_array(
-    file: Path, shape: tuple[int, ...], dtype: type, blocks: Iterable[np.ndarray], about: dict
-) -> None:
-    """Write an array piece by piece, in a folder of its own that is whole or absent.
+def cached_array(
+    file: Path, shape: tuple[int, ...], dtype: type, about: dict, blocks: Iterator[np.ndarray]
+) -> np.ndarray:
+    """Map an array into memory, and write it first where it does not exist.
 
     Parameters
     ----------
     file : Path
-        The ``.npy`` file. Its folder must not exist yet; a ``.json`` file beside it holds the SHA-256.
+        ``.npy``, in a folder of its own, whole or absent. A ``.json`` file beside it holds its SHA-256.
     shape, dtype
-        Of the whole array.
-    blocks : iterable of ndarray
-        Its rows from first to last, C-contiguous.
+        Of the array.
     about : dict
         What else the JSON file says, for whoever looks into the folder.
+    blocks : iterator of ndarray
+        Its rows from first to last, C-contiguous; not begun where the array exists.
+
+    Returns
+    -------
+    ndarray
+        Read-only.
 
     Raises
     ------
     DiskError
-        No room or no permission. Errors of `blocks` come through; nothing is left of the folder then.
+        No room, no permission, or the files are damaged (the hash is checked once a process). Errors of
+        `blocks` come through; then nothing is left of the folder.
     """
+    folder = file.parent
+    if not folder.exists():
+        with disk.lock(folder):
+            if not folder.exists():
+                _write(file, shape, dtype, about, blocks)
+    remedy = f"Delete the folder {folder}; it is made anew."
+    sha256 = disk.read_json(file.with_suffix(".json"), remedy).get("sha256")
+    with contextlib.suppress(OSError, ValueError):
+        info = file.stat()
+        if file.is_file() and _digest(file, info.st_size, info.st_mtime_ns) == sha256:
+            return np.load(file, mmap_mode="r").view(np.ndarray)
+    raise DiskError(f"{file} is missing, or it is damaged: not what was written. {remedy}")
+
+
+def _write(
+    file: Path, shape: tuple[int, ...], dtype: type, about: dict, blocks: Iterator[np.ndarray]
+) -> None:
+    """Write array and hash, both or neither. Not through a memory map: a full disk would end the process."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     with disk.atomic(file.parent) as beside:
         disk.require_room(file.parent.parent, math.prod(shape) * np.dtype(dtype).itemsize)
@@ -184,37 +160,30 @@ def write_array(
         with (beside / file.name).open("wb") as out:
             np.lib.format.write_array_header_1_0(out, header)
             for block in blocks:
-                out.write(block)
-        sha256 = disk.digest(beside / file.name)
-        disk.write_json(beside / file.with_suffix(".json").name, about | {"sha256": sha256})
+                out.write(block.data)
+        about = about | {"sha256": disk.digest(beside / file.name)}
+        disk.write_json(beside / file.with_suffix(".json").name, about)
 
 
-def open_array(file: Path) -> np.ndarray:
-    """Map an array that `write_array` wrote into memory, read-only; its hash is checked once a process.
+@functools.cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Return the hash of this version of a file, computed once a process."""
+    return disk.digest(file)
 
-    Raises
-    ------
-    DiskError
-        The array or its JSON file is missing or damaged; the message says what to delete.
+
+def ahead(make: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
+    """Yield make(0) .. make(count - 1) in order, at most `workers` + 2 of them made ahead in threads.
+
+    Errors come in their place. The threads end with the loop, also where it is left early.
     """
-    remedy = f"Delete the folder {file.parent}; it is made anew."
-    sha256 = disk.read_json(file.with_suffix(".json"), remedy).get("sha256")
-    try:
-        info = file.stat()
-        version = (file, info.st_size, info.st_mtime_ns, str(sha256))
-        if version not in _verified:
-            if not file.is_file() or disk.digest(file) != sha256:
-                raise ValueError("its content has changed since it was written")
-            _verified.add(version)
-        return map_array(file)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DiskError(f"{file} is damaged ({reason}). {remedy}") from error
-
-
-def map_array(file: Path) -> np.ndarray:
-    """The array in a ``.npy`` file, read-only: memory that it touches is given back with it."""
-    return np.lib.format.open_memmap(file, mode="r").view(np.ndarray)
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for i in range(count):
+            waiting.append(pool.submit(make, i))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # --- The store ----------------------------------------------------------------------------------------
@@ -229,28 +198,25 @@ class PixelStore:
     folder : Path
         Holds ``pixels.npy`` and ``pixels.json``. Its name holds a hash of paths, sizes and times of all image
         files: where one is replaced, another store is built.
-    name, root : str
-        The data set's.
+    root : Path
+        The folder of the data set.
     size : int
         Side of the square images in pixels.
+    images : int
+        How many there are.
     paths : pandas.Index
         Row i of `pixels` is the image ``paths[i]``.
     """
 
     folder: Path
-    name: str
-    root: str
+    root: Path
     size: int
+    images: int
     paths: pd.Index = field(repr=False, compare=False)
 
     @classmethod
     def open_or_build(
-        cls,
-        index: pd.DataFrame,
-        size: int,
-        workers: int | None = None,
-        progress: bool = True,
-        rule: str = "squash",
+        cls, index: pd.DataFrame, size: int, workers: int = 0, progress: bool = True, rule: str = "squash"
     ) -> PixelStore:
         """Open the store of these images, or build it where there is none.
 
@@ -260,8 +226,8 @@ class PixelStore:
             As `load_index` returns it, before or after `split_dev`.
         size : int
             Side in pixels.
-        workers : int, optional
-            Threads that decode; by default one a core.
+        workers : int
+            Threads that decode; 0: one a core.
         progress : bool
             Show a progress bar.
         rule : {"squash", "pad"}
@@ -279,32 +245,26 @@ class PixelStore:
         DiskError
             No room, no permission, or a damaged store (its hash is checked once a process).
         """
-        one_of("rule", rule, RULES)
+        one_of("rule", rule, ("squash", "pad"))
         if size < 1 or index.empty or not {"name", "root"} <= index.attrs.keys():
-            raise DataError(f"A store needs rows and attrs, as load_index() returns them, and a size: {size}?")
-        root, name = os.path.abspath(index.attrs["root"]), index.attrs["name"]  # noqa: PTH100 - keeps links
+            raise DataError(
+                f"No store of {len(index)} images of {size} px: pass an index, as load_index makes it."
+            )
         key = hashlib.sha256(f"{FORMAT} {pixel_key(index)}".encode()).hexdigest()[:12]
-        folder = paths.cache_dir() / "pixels" / f"{name}-{size}-{rule}-{key}"
-        store = cls(folder, name, root, size, pd.Index(sorted(set(index["path"]))))
-        if not folder.exists():
-            with disk.lock(folder):
-                if not folder.exists():
-                    store._build(rule, workers or os.cpu_count() or 1, progress)
-        open_array(store._file)
+        folder = paths.cache_dir() / "pixels" / f"{index.attrs['name']}-{size}-{rule}-{key}"
+        images = pd.Index(index["path"].unique()).sort_values()
+        store = cls(folder, paths.absolute(index.attrs["root"]), size, len(images), images)
+        about, blocks = {"root": str(store.root), "rule": rule}, store._decode(rule, workers, progress)
+        cached_array(folder / "pixels.npy", (store.images, size, size), np.uint8, about, blocks)
         return store
 
     @property
-    def images(self) -> int:
-        """How many images there are."""
-        return len(self.paths)
-
-    @property
     def pixels(self) -> np.ndarray:
-        """All pixels, uint8 (images, size, size), read-only, mapped afresh."""
-        return map_array(self._file)
+        """All pixels, uint8 (images, size, size), read-only; memory that the array touches goes with it."""
+        return np.load(self.folder / "pixels.npy", mmap_mode="r").view(np.ndarray)
 
     def rows(self, index: pd.DataFrame) -> np.ndarray:
-        """The rows of this store that hold the images of `index`, in its order.
+        """Find the rows of this store that hold the images of `index`, in its order.
 
         Parameters
         ----------
@@ -321,50 +281,32 @@ class PixelStore:
         DataError
             `index` is of other data, or holds an image that the store lacks.
         """
-        remedy = "Open the store of these data: PixelStore.open_or_build(index, size)."
-        name, root = index.attrs.get("name", self.name), str(index.attrs.get("root", self.root))
-        if (name, paths.absolute(root)) != (self.name, Path(self.root)):
-            raise DataError(f"The store is of {self.name} in {self.root}, not of {name} in {root}. {remedy}")
-        rows = self.paths.get_indexer(pd.Index(index["path"]))
-        if (absent := np.flatnonzero(rows < 0)).size:
-            first = index["path"].iloc[absent[0]]
-            raise DataError(f"{self.folder} lacks {absent.size:,} images, the first {first}. {remedy}")
-        return rows.astype(np.int64)
+        root, rows = index.attrs.get("root", self.root), self.paths.get_indexer(pd.Index(index["path"]))
+        if paths.absolute(root) != self.root or (rows < 0).any():
+            first = index["path"].iloc[int(rows.argmin())]
+            raise DataError(
+                f"The store of {self.root} lacks {(rows < 0).sum():,} images of {root}, e.g. {first}. "
+                "Open the store of these data: PixelStore.open_or_build(index, size)."
+            )
+        return rows
 
-    @property
-    def _file(self) -> Path:
-        return self.folder / "pixels.npy"
-
-    def _build(self, rule: str, workers: int, progress: bool) -> None:
-        """Decode all images; those that fail are listed in one error after the last."""
-        failed: dict[str, str] = {}
+    def _decode(self, rule: str, workers: int, progress: bool) -> Iterator[np.ndarray]:
+        """Decode image after image; those that fail are listed in one error after the last."""
+        failed: list[str] = []
 
         def read(row: int) -> np.ndarray:
-            file = Path(self.root, self.paths[row])
+            file = self.root / self.paths[row]
             try:
                 return read_image(file, self.size, rule)
             except (DataError, OSError, cv2.error) as error:
-                failed[str(file)] = getattr(error, "strerror", None) or str(error)
+                failed.append(f"{file}: {getattr(error, 'strerror', None) or error}")
                 return np.zeros((self.size, self.size), np.uint8)
 
-        def blocks() -> Iterator[np.ndarray]:
-            title = f"Decoding {self.name} at {self.size} px"
-            options = {"total": self.images, "unit": "image", "leave": False, "disable": not progress}
-            with single_threaded_opencv():
-                yield from tqdm(ahead(read, self.images, workers), title, **options)
-            if failed:
-                raise DataError(_complaint(failed, self.images))
-
-        shape, about = (self.images, self.size, self.size), {"root": self.root, "rule": rule}
-        write_array(self._file, shape, np.uint8, blocks(), about)
-
-
-def _complaint(failed: dict[str, str], images: int) -> str:
-    """One message about all images that cannot be read."""
-    lines = [f"  {file}: {reason}" for file, reason in sorted(failed.items())]
-    if len(lines) > 5:
-        lines[5:] = [f"  and {len(lines) - 5:,} more"]
-    return (
-        f"{len(failed):,} of {images:,} images cannot be read. Restore them from the archive, or leave their "
-        "rows out of the index:\n" + "\n".join(lines)
-    )
+        images = ahead(read, self.images, workers or os.cpu_count() or 1)
+        title = f"Decoding {self.root.name} at {self.size} px"
+        yield from tqdm(images, title, self.images, unit="image", leave=False, disable=not progress)
+        if failed:
+            raise DataError(
+                f"{len(failed):,} of {self.images:,} images cannot be read. Restore them from the archive, "
+                f"or leave their rows out of the index:{few(sorted(failed))}"
+            )
