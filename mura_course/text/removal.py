@@ -155,7 +155,8 @@ def clean_dataset(
             results = pool.map(partial(_clean_film, detector, root), todo)
             bar = tqdm(results, "Removing text", len(todo), unit="film", disable=not progress)
             _write_films(work, zip(todo, bar, strict=True))
-            record = order | _complete(root, work, len(paths))
+            record = order | {"films": len(paths)} | _complete(root, work)
+            disk.write_json(work / RECORD, record, "")
             work.replace(target)
     except BrokenProcessPool as error:
         raise TextError(craft.ENDED) from error
@@ -205,8 +206,8 @@ def _write_films(work: Path, results: Iterable[tuple[str, tuple[bytes, list[list
                 beside.write_bytes(encoded)
 
 
-def _complete(root: Path, work: Path, films: int) -> dict[str, Any]:
-    """Write all that lies beside the films, last of all the record; return what it says about them."""
+def _complete(root: Path, work: Path) -> dict[str, Any]:
+    """Copy what lies beside the films; return what the record says about the work done."""
     for file in root.iterdir():
         if file.is_file() and file.name not in NOT_COPIED:
             shutil.copyfile(file, work / file.name)
@@ -214,10 +215,8 @@ def _complete(root: Path, work: Path, films: int) -> dict[str, Any]:
         disk.remove(scrap)
     with (work / BOXES).open(encoding="utf-8", newline="") as table:
         marked = [row[0] for row in csv.reader(table)][1:]
-    result: dict[str, Any] = {"films": films, "films_with_text": len(set(marked)), "boxes": len(marked)}
-    result["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    disk.write_json(work / RECORD, disk.read_json(work / RECORD, "") | result, "")
-    return result
+    finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"films_with_text": len(set(marked)), "boxes": len(marked), "finished": finished}
 
 
 # --- In the pool's processes --------------------------------------------------------------------------
