@@ -1,0 +1,266 @@
+"""Bad inputs, one a row: each gives one clear error that names the file and the remedy, and leaves nothing.
+
+No row may hang, end in an error that the package does not raise on purpose, or be answered with a result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from making import STUDIES, make_films, make_index, make_predictions, write_mura
+
+from mura_course import cli, data, metrics, profiles, reports, runs
+from mura_course.data import check
+from mura_course.errors import MuraError
+from mura_course.recipes import Recipe, Stage
+
+# --- A data folder, spoilt -----------------------------------------------------------------------------
+
+
+def edit(name: str, old: str, new: str):
+    """Spoil a CSV file: replace text in it."""
+
+    def spoil(root: Path) -> None:
+        file = root / name
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+
+    return spoil
+
+
+def add(name: str, line: str):
+    return lambda root: (root / name).write_text((root / name).read_text() + line + "\n")
+
+
+def instead_of(name: str, make):
+    """Spoil a file: remove it, and `make` something in its place."""
+
+    def spoil(root: Path) -> None:
+        (root / name).unlink()
+        make(root / name)
+
+    return spoil
+
+
+IMAGES, LABELS = "train_image_paths.csv", "train_labeled_studies.csv"
+HAND = "train/XR_HAND/patient00011"
+FOLDERS = {
+    "no csv file of images": (instead_of(IMAGES, lambda f: None), f"{IMAGES}.*unpack|{IMAGES}.*archive"),
+    "no csv file of labels": (instead_of(LABELS, lambda f: None), f"{LABELS}.*archive"),
+    "an empty csv file": (instead_of(IMAGES, Path.touch), f"{IMAGES}.*empty"),
+    "a csv file that is a folder": (instead_of(IMAGES, Path.mkdir), f"{IMAGES}.*archive"),
+    "a csv file that is a pipe": (instead_of(IMAGES, os.mkfifo), f"{IMAGES}.*ordinary"),
+    "a csv file of another encoding": (
+        instead_of(LABELS, lambda f: f.write_bytes("wärme".encode("utf-16"))),
+        f"{LABELS}.*utf-8",
+    ),
+    "a binary csv file": (instead_of(IMAGES, lambda f: f.write_bytes(bytes(range(256)))), IMAGES),
+    "a label of 2": (edit(LABELS, "positive/,1", "positive/,2"), f"{LABELS}.*malformed"),
+    "no label": (edit(LABELS, "positive/,1", "positive/,"), f"{LABELS}.*malformed"),
+    "a label against its folder": (edit(LABELS, "positive/,1", "positive/,0"), "contradicts its folder"),
+    "a study labelled twice": (add(LABELS, f"MURA-v1.1/{HAND}/study1_positive/,1"), "more than once"),
+    "an image listed twice": (add(IMAGES, f"MURA-v1.1/{HAND}/study1_positive/image1.png"), "more than once"),
+    "an image that does not exist": (add(IMAGES, f"MURA-v1.1/{HAND}/study1_positive/image9.png"), "absent"),
+    "a study without a label": (edit(LABELS, f"MURA-v1.1/{HAND}/study1_positive/,1", ""), "no label"),
+    "a path that leads out": (add(IMAGES, "MURA-v1.1/../../etc/image1.png"), "malformed"),
+    "an absolute path": (add(IMAGES, "/etc/image1.png"), "malformed"),
+    "an unknown body part": (edit(IMAGES, "XR_ELBOW", "XR_FOOT"), "malformed.*SHOULDER"),
+    "a line with an escape": (add(IMAGES, "MURA-v1.1/train/\x1b[2Jx.png"), "malformed"),
+    "an image that is a pipe": (
+        instead_of(f"{HAND}/study1_positive/image1.png", os.mkfifo),
+        "absent",
+    ),
+    "an image that is a folder": (instead_of(f"{HAND}/study1_positive/image1.png", Path.mkdir), "absent"),
+    "no images at all": (lambda root: shutil.rmtree(root / "train"), "absent"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_spoilt_data_folder_is_refused_in_one_message(tmp_path, name):
+    spoil, message = FOLDERS[name]
+    root = write_mura(tmp_path / "MURA-v1.1")
+    spoil(root)
+    refused(lambda: data.load_index(root, quiet=True), message)
+    table = check.check(root, progress=False)  # tells it, too, and does not stop
+    assert not table.empty and "\x1b" not in check.report(table)
+
+
+def test_demo_data_that_lost_their_truth_are_not_taken_for_mura(tmp_path):
+    for number, lost in enumerate(("truth.csv", "manifest.json")):
+        root = write_mura(tmp_path / str(number) / "MURA-demo", prefix="MURA-demo/", truth=True)
+        (root / lost).unlink()
+        refused(lambda root=root: data.load_index(root, quiet=True), f"{lost}.*mura-course demo")
+
+
+# --- Calls ---------------------------------------------------------------------------------------------
+
+
+def refused(call, message: str) -> None:
+    """`call` raises one of the package's own errors, of a few printable lines, that says `message`."""
+    with pytest.raises(MuraError, match=rf"(?s){message}") as caught:
+        call()
+    text = str(caught.value)
+    assert len(text.splitlines()) <= 8 and len(text) < 1500
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert text.rstrip()[-1] not in ":("
+
+
+INDEX = make_index()
+ROWS = make_predictions(INDEX[INDEX["split"].eq("test")])
+STAGE = Stage(learning_rate=1e-3, epochs=1)
+
+
+def changed(**columns) -> pd.DataFrame:
+    return ROWS.assign(**columns)
+
+
+CALLS = {
+    "no such folder": (lambda t: data.load_index(t / "absent"), "absent.*does not exist"),
+    "a file instead of a folder": (lambda t: data.load_index(touched(t / "MURA.zip")), "is a file"),
+    "a folder without data": (lambda t: data.load_index(t), "no data in MURA's layout"),
+    "two data sets": (
+        lambda t: [write_mura(t / "a"), write_mura(t / "b"), data.load_index(t)],
+        "2 data sets",
+    ),
+    "a study on both sides": (
+        lambda t: data.load_index(write_mura(t / "x", [*STUDIES, ("valid", "HAND", 11, 1, True, 1)])),
+        "both train and valid",
+    ),
+    "a fraction of 0": (lambda t: data.split_dev(INDEX, 0), "fraction=0"),
+    "a fraction of 1": (lambda t: data.split_dev(INDEX, 1.0), "fraction=1"),
+    "a split by study": (lambda t: data.split_dev(INDEX, by="study"), "'patient', 'image'"),
+    "a second dev set": (lambda t: data.split_dev(INDEX), "dev set already"),
+    "an empty index to split": (lambda t: data.split_dev(INDEX[:0]), "too few"),
+    "an index without attrs": (
+        lambda t: data.fingerprint(pd.DataFrame(INDEX.to_dict("list"))),
+        "lost its attrs",
+    ),
+    "truth of MURA": (lambda t: data.load_truth(make_index(name="MURA-v1.1")), "no truth.csv"),
+    "truth that is missing": (lambda t: data.load_truth(make_index(t)), "truth.csv"),
+    "a store of absent films": (lambda t: store(make_index(t)), "absent"),
+    "a store of size 0": (lambda t: store(make_films(t / "f"), 0), "size"),
+    "a store of no images": (lambda t: store(INDEX[:0]), "index"),
+    "a film that is text": (lambda t: store(spoilt(t / "f", b"no image")), "1 of .*0-1.png"),
+    "an empty film": (lambda t: store(spoilt(t / "f", b"")), "0-1.png.*empty"),
+    "a scale that does not exist": (lambda t: batches(t, scale="0..2"), "'0..1'.*not '0..2'"),
+    "a layout that does not exist": (lambda t: batches(t, layout="chw"), "'nhwc'"),
+    "batches of 0": (lambda t: batches(t, batch_size=0), "batch"),
+    "a target that does not exist": (lambda t: batches(t, target="bone"), "'label'.*not 'bone'"),
+    "batches of other images": (lambda t: data.Batches(store(make_films(t / "f")), INDEX), "store"),
+    "rotation by 200 degrees": (lambda t: data.Augment(rotation=200), "180"),
+    "a probability of 2": (lambda t: data.Augment(flip=2), "between 0 and 1"),
+    "the wrong scale": (lambda t: data.check_scale("-1..1", batches(t)), "'-1..1'"),
+    "no predictions": (lambda t: metrics.image_report(ROWS[:0]), "empty"),
+    "no probability": (lambda t: metrics.image_report(ROWS.drop(columns="probability")), "probability"),
+    "a probability that is no number": (lambda t: metrics.image_report(changed(probability=np.nan)), "NaN"),
+    "logits": (lambda t: metrics.image_report(changed(probability=7.0)), "sigmoid"),
+    "a label of 3": (lambda t: metrics.image_report(changed(label=3)), "0 .normal. or 1"),
+    "images twice": (lambda t: metrics.image_report(pd.concat([ROWS, ROWS])), "more than once"),
+    "a study with two labels": (lambda t: metrics.study_report(changed(label=[0, 1] * 4)), "label"),
+    "other images to compare": (lambda t: metrics.paired_difference(ROWS, ROWS[1:]), "not of the same"),
+    "an unknown level": (lambda t: metrics.paired_difference(ROWS, ROWS, level="view"), "'study'"),
+    "an unknown metric": (lambda t: reports.difference(ROWS, ROWS, "auc"), "auroc"),
+    "a run named like a path": (lambda t: run(t, name="../x"), "name"),
+    "a config that is no JSON": (lambda t: run(t, config={"a": {1, 2}}), "numbers, text, lists, dicts"),
+    "a config with NaN": (lambda t: run(t, config={"a": float("nan")}), "numbers, text, lists, dicts"),
+    "a fit that returns one thing": (lambda t: run(t, fit=lambda w: ROWS), "three things"),
+    "a fit without paths": (
+        lambda t: run(t, fit=lambda w: (None, None, ROWS.drop(columns="path"))),
+        "path",
+    ),
+    "a model that cannot be saved": (lambda t: run(t, fit=lambda w: ("model", None, ROWS)), "str"),
+    "a run on no data": (lambda t: run(t, index=INDEX[:0]), "no rows"),
+    "a folder without a run": (lambda t: runs.load(t), "run.json"),
+    "a run.json that is empty": (lambda t: runs.load(touched(t / "run.json").parent), "run.json"),
+    "a run.json of something else": (lambda t: runs.load(written(t / "run.json", {}).parent), "run.json"),
+    "runs to compare that do not exist": (lambda t: runs.diff(t / "a", t / "b"), "a"),
+    "an unknown profile": (lambda t: profiles.get("fast"), "smoke, demo, full"),
+    "a stage without an end": (lambda t: Stage(learning_rate=1), "epochs or some steps"),
+    "a recipe without stages": (lambda t: Recipe(backbone="x", size=8, stages=()), "stage"),
+}
+
+
+def touched(file: Path) -> Path:
+    file.touch()
+    return file
+
+
+def written(file: Path, content: dict) -> Path:
+    file.write_text(json.dumps(content))
+    return file
+
+
+def store(index: pd.DataFrame, size: int = 16) -> data.PixelStore:
+    return data.PixelStore.open_or_build(index, size, progress=False)
+
+
+def spoilt(root: Path, content: bytes) -> pd.DataFrame:
+    index = make_films(root)
+    (root / "0-1.png").write_bytes(content)
+    return index
+
+
+def batches(folder: Path, **options) -> data.Batches:
+    index = make_films(folder / "films", patients=4)
+    return data.Batches(store(index), index, **options)
+
+
+def run(root: Path, name="x", config=None, fit=lambda workdir: (None, None, ROWS), index=INDEX) -> runs.Run:
+    return runs.fit_or_load(name, config or {}, fit, index, profiles.get("smoke"), root=root)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_bad_call_is_refused_in_one_message(tmp_path, name, monkeypatch):
+    call, message = CALLS[name]
+    monkeypatch.setenv("MURA_CACHE", str(tmp_path / "cache"))
+    refused(lambda: call(tmp_path), message)
+    left = [p.name for p in tmp_path.rglob("*") if p.name.endswith((".part", ".new", ".writing"))]
+    assert left == []
+
+
+# --- The command ---------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "demo --out {t}/x --studies 0": "--studies",
+    "demo --out {t}/x --studies 1000000000": "studies",
+    "demo --out {t}/x --long-side 0": "--long-side",
+    "demo --out {t}/x --long-side 3 --studies 100": "long",
+    "demo --out {t}/x --workers -1": "--workers",
+    "demo --out {t}/x --seed -1 --studies 100": "seed",
+    "demo --out {t}/file --studies 100": "file",
+    "demo --out {t}/x --studies 10": "60",
+    "check {t}/absent": "absent",
+    "check {t}/file": "file",
+    "check {t} --out {t}/y": "--out",
+    "check {t} --workers 0": "--workers",
+    "remove-text {t}/empty {t}/clean": "MURA's layout",
+    "remove-text {t}/absent {t}/clean": "absent",
+    "remove-text {t}/data {t}/data/MURA-v1.1": "MURA-v1.1",
+    "remove-text {t}/data {t}/data/MURA-v1.1/inside": "inside",
+    "remove-text {t}/data {t}/file": "file",
+    "remove-text {t}/data {t}/clean --detector tesseract": "tesseract",
+    "remove-text {t}/data {t}/clean --detector strokes": "image1.png",
+    "runs diff {t}/a {t}/b": "{t}/a",
+    "unknown": "unknown",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_bad_command_is_refused_in_one_line(tmp_path, command, capsys):
+    write_mura(tmp_path / "data" / "MURA-v1.1")  # its films are empty files
+    (tmp_path / "file").write_text("no data")
+    (tmp_path / "empty").mkdir()
+    try:
+        code = cli.main(command.replace("{t}", str(tmp_path)).split())
+    except SystemExit as usage:  # argparse's own way out
+        code = usage.code
+    error = capsys.readouterr().err
+    assert code not in (0, None)
+    assert "Traceback" not in error and COMMANDS[command].replace("{t}", str(tmp_path)) in error
+    assert not (tmp_path / "x").exists() and not (tmp_path / "clean").exists()
