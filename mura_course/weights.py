@@ -11,6 +11,7 @@ import logging
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pooch
 
@@ -116,7 +117,7 @@ def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Pa
 
 def _download(url: str, file: Path, digest: str, algorithm: str) -> Path:
     pooch.get_logger().setLevel(logging.WARNING)
-    downloader = pooch.HTTPDownloader(timeout=TIMEOUT)
+    downloader: Any = pooch.HTTPDownloader(timeout=TIMEOUT)
     with disk.lock(file), disk.atomic(file) as beside:
         pooch.retrieve(url, None, fname=beside.name, path=beside.parent, downloader=downloader)
         found = disk.digest(beside, algorithm)
