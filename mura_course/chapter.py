@@ -70,12 +70,12 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
     profile = profiles.current(index)
     gpus = gpu_names()
     _seed_everything(seed)
-    otherwise = "random ones, with a note" if profile.allow_random_weights else "an error that says what to do"
+    without = "random ones, with a note" if profile.allow_random_weights else "an error that says what to do"
     choice = f"to change it, set {profiles.ENVIRONMENT_VARIABLE} to {', '.join(profiles.NAMES)}"
     _say("data", data.describe(index))
     _say("profile", f"{profile.name} ({choice})")
     _say("device", ", ".join(gpus) if gpus else f"CPU, {_cores()} cores")
-    _say("weights", f"ImageNet's; where they cannot be downloaded, {otherwise}")
+    _say("weights", f"ImageNet's; where they cannot be downloaded, {without}")
     _say("seed", str(seed))
     for note in _notes(profile.name, index.attrs["is_demo"], bool(gpus)):
         _say("note", note)

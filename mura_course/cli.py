@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _number(text: str) -> int:
-    """A whole number of 1 or more, for argparse, which prints the message."""
+    """Read a whole number of 1 or more, for argparse, which prints the message."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
     return int(text)

@@ -22,7 +22,7 @@ from .errors import DiskError
 
 
 def remedy(variable: str) -> str:
-    """What to do about a disk that refuses; without a `variable` to set, the caller named the folder."""
+    """Say what to do about a disk that refuses; without a `variable` to set, the caller named the folder."""
     other = (
         f"set the environment variable {variable} to another folder" if variable else "name another folder"
     )
@@ -31,7 +31,7 @@ def remedy(variable: str) -> str:
 
 @contextlib.contextmanager
 def named(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
-    """Turn the disk's own errors into one that names `path`, the reason and the `variable` to set ("": none)."""
+    """Turn the disk's errors into one that names `path`, the reason and the `variable` to set ("": none)."""
     try:
         yield
     except DiskError:
@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
 
 
 def workdir(path: Path, variable: str = "MURA_CACHE") -> Path:
-    """The folder `path` for work that goes on after a kill: made, or found; DiskError where it is a link."""
+    """Make or find the folder `path` for work that goes on after a kill; DiskError where it is a link."""
     with named(path, variable):
         path.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
@@ -109,13 +109,13 @@ def lock(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
 
 
 def digest(file: Path, algorithm: str = "sha256") -> str:
-    """The hash of a file's content in hexadecimal; `algorithm` as `hashlib.new` takes it."""
+    """Hash a file's content, in hexadecimal; `algorithm` as `hashlib.new` takes it."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, algorithm).hexdigest()
 
 
 def read_bytes(file: Path, most: int = 64 << 20) -> bytes:
-    """The content of an ordinary file of at most `most` bytes.
+    """Read the content of an ordinary file of at most `most` bytes.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def read_bytes(file: Path, most: int = 64 << 20) -> bytes:
 
 
 def read_json(file: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in `file`.
+    """Read the JSON object in `file`.
 
     Raises
     ------

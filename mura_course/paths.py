@@ -15,7 +15,7 @@ from .errors import DiskError
 
 
 def cache_dir() -> Path:
-    """The folder for everything that can be made again: ``MURA_CACHE``, else the user's cache folder.
+    """Find the folder for everything that can be made again: ``MURA_CACHE``, else the user's cache folder.
 
     Returns
     -------

@@ -49,7 +49,7 @@ class Profile:
         return f"<Profile {self.name}>"
 
     def replace(self, **changes: Any) -> Profile:
-        """This profile with other values, for an experiment of one's own; ProfileError: no such setting."""
+        """Return the same profile with other values, for an experiment of one's own; ProfileError: no such setting."""
         for setting in changes:
             getattr(self, setting)
         return Profile(**vars(self) | changes)
@@ -62,7 +62,7 @@ def _rows() -> list[dict[str, str]]:
 
 
 def get(name: str) -> Profile:
-    """The profile called `name`; ProfileError, listing the known names, for any other."""
+    """Return the profile called `name`; ProfileError, listing the known names, for any other."""
     key = name.strip().lower()
     if key not in NAMES:
         raise ProfileError(
@@ -72,7 +72,7 @@ def get(name: str) -> Profile:
 
 
 def current(index: pd.DataFrame | None = None) -> Profile:
-    """The profile in use: what ``MURA_PROFILE`` names, else ``full`` on MURA and ``demo`` elsewhere.
+    """Choose the profile in use: what ``MURA_PROFILE`` names, else ``full`` on MURA and ``demo`` elsewhere.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def current(index: pd.DataFrame | None = None) -> Profile:
 
 
 def table() -> pd.DataFrame:
-    """The table that the setup chapter shows: a row a setting, columns smoke, demo, full and meaning."""
+    """Make the table that the setup chapter shows: a row a setting, columns smoke, demo, full and meaning."""
     import pandas as pd
 
     profiles = {name: get(name) for name in NAMES}

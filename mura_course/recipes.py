@@ -103,5 +103,5 @@ class Recipe:
             raise TrainingError("The last stage must learn the label: predictions say how abnormal.")
 
     def config(self) -> dict[str, Any]:
-        """The recipe as plain values, for `runs.fit_or_load`."""
+        """Return the recipe as plain values, for `runs.fit_or_load`."""
         return dataclasses.asdict(self)

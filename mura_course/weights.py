@@ -86,7 +86,7 @@ def lite0_file() -> Path:
 
 
 def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Path:
-    """The weights at `file`: found there with the right digest, or downloaded from `url`.
+    """Find the weights at `file` with the right digest, or download them from `url`.
 
     Parameters
     ----------
