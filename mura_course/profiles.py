@@ -49,7 +49,7 @@ class Profile:
         return f"<Profile {self.name}>"
 
     def replace(self, **changes: Any) -> Profile:
-        """Return the same profile with other values, for an experiment of one's own; ProfileError: no such setting."""
+        """Return the same profile with other values, for an experiment; ProfileError: no such setting."""
         for setting in changes:
             getattr(self, setting)
         return Profile(**vars(self) | changes)
