@@ -1,71 +1,66 @@
-"""The book's figures that two or more chapters draw, in one style. Reads image files only in `films`.
+"""The book's figures that two or more chapters draw, in one style. Reads image files, only in `films`.
 
 NORMAL and ABNORMAL have the same two colours everywhere, colour-blind-safe (Okabe and Ito), and are named in
 words as well. Every figure with scores bears a line that says which data, level and weights they are about,
 so that scores on rendered films are not taken for scores on MURA. Functions return the Figure, which a
-notebook shows where it ends a cell (elsewhere: `display(figure)`); none calls `plt.show()`. Chapter 1
+notebook shows where it ends a cell (elsewhere: ``display(figure)``); none calls ``plt.show()``. Chapter 1
 introduces them.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LinearSegmentedColormap
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from . import metrics
-from .errors import DataNotFoundError
+from . import metrics, reports
+from .errors import DataNotFoundError, PredictionsError, one_of
+
+Tables = pd.DataFrame | Mapping[str, pd.DataFrame]  # one, or several by name
 
 NORMAL, ABNORMAL = "#0072B2", "#D55E00"  # blue, vermilion
 COLOURS = (NORMAL, ABNORMAL)
 """Colour by label: COLOURS[0] normal, COLOURS[1] abnormal."""
 WORDS = ("normal", "abnormal")
 TRAIN, DEV, INK, FAINT = "#7F7F7F", "#000000", "#222222", "#767676"
+MODELS = ("#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#999999", "#6A3D9A")
+"""Colour by model, none of them a label's."""
 WIDTH = 8.0  # inches: the width of the book's text column
 
-STYLE = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "savefig.facecolor": "white",
-    "savefig.transparent": False,
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.constrained_layout.h_pad": 0.08,
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.labelsize": 11,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
-    "legend.fontsize": 10,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.prop_cycle": plt.cycler(color=[NORMAL, ABNORMAL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK]),
-    "image.cmap": "gray",
+STYLE: Any = {
+    **dict.fromkeys(("axes.edgecolor", "text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "savefig.transparent"), False),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "white"),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 10),
+    **dict.fromkeys(("figure.constrained_layout.w_pad", "figure.constrained_layout.h_pad"), 0.08),
+    **{"figure.constrained_layout.use": True, "figure.dpi": 110, "font.size": 11, "axes.titlesize": 12},
+    **{"axes.prop_cycle": cycler(color=[*COLOURS, *MODELS[1:5], INK]), "image.cmap": "gray"},
 }
+styled: Any = plt.rc_context(STYLE)
+"""Decorator of a function that draws in the book's style and leaves the caller's settings alone."""
+
 PANELS = {
-    "loss": ("Loss", "binary cross-entropy"),
-    "accuracy": ("Accuracy", "share of images"),
-    "auc": ("AUC", "area under the ROC curve"),
-    "kappa": ("Cohen's kappa", "agreement beyond chance"),
+    "loss": ("Loss", "cross-entropy", 0.0),
+    "accuracy": ("Accuracy", "fraction of images", 0.47),
+    "auc": ("AUC", "area under the ROC curve", 0.47),
+    "kappa": ("Cohen's kappa", "agreement beyond chance", -0.04),
+    "f1": ("Macro F1", "mean over body parts", 0.0),
 }
-"""What `curves` shows: column of the history -> title, and what the axis measures."""
+"""Panels of `learning_curves`: column of the history -> title, what the axis measures, where it starts."""
 CHANCE = {"auroc": 0.5, "auc": 0.5, "kappa": 0.0}
 """What a coin scores, where that does not depend on the data."""
+HIGHEST_LOSS = 2.0  # a first epoch's loss may be many times as high, and would flatten all the others
 
 
 def use_style() -> None:
@@ -75,113 +70,120 @@ def use_style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def provenance(info: Mapping, level: str | None = None, weights: bool = True) -> str:
-    """What scores are about, e.g. "MURA-demo (synthetic films, not MURA) · image level · random weights".
-
-    info: `Run.info`, or the `attrs` of a report, of predictions or of a history. What is not known is said.
-    weights: False where the figure itself says which.
-    """
-    data = info.get("data") or "data not stated"
-    parts = [f"{data} (synthetic films, not MURA)" if info.get("is_demo") else data]
-    level = level or info.get("level")
-    parts += [f"{level} level"] if level else []
-    if weights:
-        parts.append(f"{info['weights']} weights" if info.get("weights") else "weights not stated")
-    parts += [f"profile {info['profile']}"] if info.get("profile") else []
-    return " · ".join(parts)
-
-
-@plt.rc_context(STYLE)
-def curves(history: pd.DataFrame, info: Mapping | None = None) -> Figure:
-    """Loss, accuracy, AUC and Cohen's kappa by epoch, training dashed and development solid (chapters 5-9).
-
-    history: `Run.history`. info: what `provenance` takes; by default history.attrs.
-    Raises ValueError where a column is missing.
-    """
-    missing = [c for name in PANELS for c in (name, f"val_{name}") if c not in history]
-    if missing:
-        raise ValueError(f"The history lacks {', '.join(missing)}: compile with abnormality_metrics().")
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5.8), sharex=True)
-    epochs = history.get("epoch", pd.Series(range(1, len(history) + 1)))
-    for axis, (name, (title, unit)) in zip(axes.flat, PANELS.items(), strict=True):
-        axis.plot(epochs, history[name], "--o", color=TRAIN, markersize=4, label="train")
-        axis.plot(epochs, history[f"val_{name}"], "-o", color=DEV, markersize=4, label="dev")
-        axis.set_title(title)
-        axis.set_ylabel(unit)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        if name in CHANCE:
-            axis.axhline(CHANCE[name], color=FAINT, linewidth=0.8, linestyle=":", label="chance")
-    for axis in axes[1]:
-        axis.set_xlabel("epoch")
-    figure.legend(*axes[1, 1].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.05)
-    return _finished(figure, provenance(info or history.attrs, "image"))
-
-
-@plt.rc_context(STYLE)
-def confusion(
-    predictions: pd.DataFrame, level: str = "image", threshold: float = 0.5, info: Mapping | None = None
+@styled
+def learning_curves(
+    histories: Tables, panels: Sequence[str] | None = None, info: Mapping | None = None
 ) -> Figure:
-    """Truth against call: counts, and each row's percentages, which also shade the cells (chapters 5-10).
+    """Draw loss, accuracy, AUC, ... by epoch: train dashed, dev solid, one colour a run (chapters 5-9).
 
-    predictions: as for `metrics.image_report`; level: "image" or "study" (mean over a study's views).
-    Raises metrics.PredictionsError as the reports do, ValueError for another level.
+    Parameters
+    ----------
+    histories : DataFrame or mapping
+        `Run.history`, or several by name. Where a history has stages, a dotted line parts them.
+    panels : sequence of str, optional
+        Keys of `PANELS`; by default those that every history has.
+    info : mapping, optional
+        What `reports.provenance` takes; by default the histories' attrs.
+
+    Raises
+    ------
+    PredictionsError
+        A history lacks a panel's column, or there is nothing to show.
     """
-    if level not in ("image", "study"):
-        raise ValueError(f"level must be 'image' or 'study', not {level!r}.")
-    rows = metrics.check(predictions) if level == "image" else metrics.study_predictions(predictions)
-    called = rows["probability"] > threshold
-    counts = np.array([[((rows["label"] == t) & (called == c)).sum() for c in (0, 1)] for t in (0, 1)])
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axis = plt.subplots(figsize=(4.8, 4.9))
-    for truth in (0, 1):  # each row in its own class's colour
-        shade = LinearSegmentedColormap.from_list("", ["white", COLOURS[truth]])
-        for call in (0, 1):
-            share = shares[truth, call]
-            axis.add_patch(
-                plt.Rectangle((call, truth), 1, 1, facecolor=shade(0.65 * share), edgecolor="white", lw=2)
-            )
-            text = f"{counts[truth, call]:,}\n{share:.0%}" if counts[truth].sum() else "0"
-            axis.text(call + 0.5, truth + 0.5, text, ha="center", va="center", fontsize=15, color=INK)
-    axis.set(xlim=(0, 2), ylim=(2, 0), aspect="equal", xticks=(0.5, 1.5), yticks=(0.5, 1.5))
-    axis.set_xticklabels(WORDS)
-    axis.set_yticklabels(WORDS, rotation=90, va="center")
-    axis.set(xlabel=f"called (abnormal: P > {threshold:g})", ylabel="truth")
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    splits = (
-        ", ".join(sorted(set(map(str, rows["split"])))) + " set" if "split" in rows else "split not stated"
-    )
-    noun = "images" if level == "image" else "studies"
-    axis.set_title(f"{level.capitalize()} level: {len(rows):,} {noun}, {splits}", pad=10)
-    for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
-        for label, tick in enumerate(ticks):
-            tick.set(color=COLOURS[label], fontweight="bold")
-    return _finished(figure, provenance(info or metrics.provenance_of(predictions), level))
+    by_name = _by_name(histories)
+    panels = panels or [panel for panel in PANELS if all(panel in one for one in by_name.values())]
+    if lacking := {panel for panel in panels for one in by_name.values() if panel not in one}:
+        raise PredictionsError(f"Not every history has the column(s) {', '.join(sorted(lacking))}.")
+    nrows = (len(panels) + 1) // 2
+    size = (WIDTH, 0.9 + 2.5 * nrows)
+    figure, axes = plt.subplots(nrows, min(2, len(panels)), figsize=size, squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for number, (name, history) in enumerate(by_name.items()):
+            colour = MODELS[number % len(MODELS)]
+            _curves(axis, history, panel, (TRAIN if len(by_name) == 1 else colour, colour), name)
+        _panel(axis, panel)
+    axes.flat[-1].set_visible(len(panels) % 2 == 0 or len(panels) == 1)
+    lines = "dashed: train, solid: dev" + ", dotted: chance" * bool(CHANCE.keys() & set(panels))
+    _legend(figure, axes[0, 0], by_name, lines)
+    return _finished(figure, _about(by_name.values(), "image", info))
 
 
-@plt.rc_context(STYLE)
-def films(
-    rows: pd.DataFrame,
-    root: str | Path | None = None,
-    ncols: int = 4,
-    titles: Sequence[str] | str | None = None,
+@styled
+def confusion_matrices(
+    predictions: Tables, level: str = "image", threshold: float = 0.5, info: Mapping | None = None
 ) -> Figure:
-    """Radiographs side by side, framed in their label's colour (chapters 1-4, 13).
+    """Set truth against call, a panel a model: counts, and each row's percentages, which shade the cells.
 
-    rows: rows of the index. root: the data's folder, by default rows.attrs["root"]. titles: one per film,
-    or a column of `rows`; by default the body part. The label's word follows.
-    Raises DataNotFoundError: a film that is missing or unreadable.
+    The shades mean the same in every panel. (Chapters 5-10.)
+
+    Parameters
+    ----------
+    predictions : DataFrame or mapping
+        As for `metrics.image_report`, or several by name.
+    level : {"image", "study"}
+        What is counted; a study's probability is the mean over its views.
+    threshold : float
+        Called abnormal where the probability is above it.
+    info : mapping, optional
+        What `reports.provenance` takes; by default the predictions' attrs.
+
+    Raises
+    ------
+    PredictionsError
+        As the reports, and for another level.
+    """
+    one_of("level", level, ("image", "study"), PredictionsError)
+    by_name = _by_name(predictions)
+    ncols = min(4, len(by_name))
+    nrows, side = -(-len(by_name) // ncols), WIDTH / max(2, ncols)
+    size = (ncols * side + 0.4, nrows * (side + 0.4) + 0.8)
+    figure, axes = plt.subplots(nrows, ncols, figsize=size, squeeze=False)
+    for axis in axes.flat[len(by_name) :]:
+        axis.set_visible(False)
+    for axis, (name, table) in zip(axes.flat, by_name.items(), strict=False):
+        rows = metrics.check(table) if level == "image" else metrics.study_predictions(table)
+        _matrix(axis, rows, threshold, 18 - 2 * ncols)
+        split = f", {'+'.join(sorted(set(rows['split'])))} set" if "split" in rows else ""
+        count = f"{len(rows):,} {'images' if level == 'image' else 'studies'}{split}"
+        axis.set_title("\n".join([*textwrap.wrap(name, int(9 * side)), count]))
+        axis.set_xlabel(f"called (abnormal: P > {threshold:g})", fontsize=13 - ncols)
+        axis.set_ylabel("truth")
+        axis.label_outer()
+    return _finished(figure, _about(by_name.values(), level, info))
+
+
+@styled
+def films(rows: pd.DataFrame, root: str | Path | None = None, ncols: int = 4, titles: Any = None) -> Figure:
+    """Show radiographs side by side, framed in their label's colour (chapters 1-4, 13).
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of the index.
+    root : path, optional
+        The data's folder; by default ``rows.attrs["root"]``.
+    ncols : int
+        Films in a row.
+    titles : str or sequence of str, optional
+        A column of `rows`, or one title a film; by default the body part. The label's word follows.
+
+    Raises
+    ------
+    DataNotFoundError
+        A film is missing or unreadable.
     """
     root = Path(root if root is not None else rows.attrs.get("root", "."))
-    titles = rows[titles] if isinstance(titles, str) else rows["body_part"] if titles is None else titles
-    images = [_read(root / path, root) for path in rows["path"]]
+    headings = rows[titles or "body_part"] if titles is None or isinstance(titles, str) else titles
     nrows = max(1, -(-len(rows) // ncols))
     figure, axes = plt.subplots(nrows, ncols, figsize=(WIDTH, (WIDTH / ncols + 0.42) * nrows), squeeze=False)
-    for axis in axes.flat[len(images) :]:
+    for axis in axes.flat[len(rows) :]:
         axis.axis("off")
-    for axis, image, title, label in zip(axes.flat, images, titles, rows["label"], strict=False):
-        axis.imshow(image)
+    for axis, path, title, label in zip(axes.flat, rows["path"], headings, rows["label"], strict=False):
+        image = cv2.imread(str(root / path), cv2.IMREAD_COLOR)
+        if image is None:
+            plt.close(figure)
+            raise DataNotFoundError(f"{root / path} is missing or no image. Is {root} the data's folder?")
+        axis.imshow(image[..., ::-1])
         axis.set(xticks=(), yticks=())
         axis.spines[:].set(visible=True, color=COLOURS[label], linewidth=3)
         axis.set_title(f"{title}, {WORDS[label]}", fontsize=10, color=COLOURS[label])
@@ -189,11 +191,18 @@ def films(
     return _finished(figure, None)
 
 
-@plt.rc_context(STYLE)
+@styled
 def by_part_bars(table: pd.DataFrame, unit: str = "images", note: str | None = None) -> Figure:
-    """Normal and abnormal side by side for each body part, with counts (chapters 1, 3).
+    """Set normal and abnormal side by side for each body part, with counts (chapter 1).
 
-    table: rows body parts, columns `normal` and `abnormal`. note: a line below, e.g. the data's name.
+    Parameters
+    ----------
+    table : DataFrame
+        A row a body part, columns `normal` and `abnormal`.
+    unit : str
+        What is counted.
+    note : str, optional
+        A line below, the data's name for example.
     """
     figure, axis = plt.subplots(figsize=(WIDTH, 3.9))
     places = np.arange(len(table))
@@ -208,78 +217,124 @@ def by_part_bars(table: pd.DataFrame, unit: str = "images", note: str | None = N
     return _finished(figure, note)
 
 
-@plt.rc_context(STYLE)
-def interval_bars(report: pd.DataFrame | Mapping[str, pd.DataFrame], metric: str = "auroc") -> Figure:
-    """A metric's value and 95 % interval by body part, OVERALL last; one report, or several by name.
+@styled
+def interval_bars(report: Tables, metric: str = "auroc") -> Figure:
+    """Draw a metric's value and 95 % interval by body part, OVERALL last (chapters 5-12).
 
-    report: of `metrics.image_report` or `study_report`. Several are set side by side in the order given.
-    Raises ValueError for an unknown metric. (Chapters 5-12.)
+    Parameters
+    ----------
+    report : DataFrame or mapping
+        Of `metrics.image_report` or `study_report`; several by name are set side by side.
+    metric : str
+        A key of `metrics.METRICS`; PredictionsError for any other.
     """
-    if metric not in metrics.METRICS:
-        raise ValueError(f"metric must be one of {', '.join(metrics.METRICS)}, not {metric!r}.")
-    reports = report if isinstance(report, Mapping) else {"": report}
-    parts = list(dict.fromkeys(part for r in reports.values() for part in r.index if part != "OVERALL"))
-    parts.append("OVERALL")
-    figure, axis = plt.subplots(figsize=(WIDTH, 1.3 + (0.14 + 0.19 * len(reports)) * len(parts)))
-    colours = ["#000000", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    for i, (name, one) in enumerate(reports.items()):
-        scores = one[metric].reindex(parts)
-        y = np.arange(len(parts)) + (i - (len(reports) - 1) / 2) * 0.7 / max(2, len(reports))
-        colour = colours[i % len(colours)]
-        axis.hlines(y, scores["low"], scores["high"], color=colour, linewidth=2.5)
-        axis.plot(scores["value"], y, "o", color=colour, markersize=7, label=name)
-        for height, text in zip(
-            y, metrics.format_report(one)[metrics.METRICS[metric]].reindex(parts), strict=True
-        ):
+    by_name = _by_name(report)
+    parts = dict.fromkeys(part for one in by_name.values() for part in one.index if part != "OVERALL")
+    tables = {name: one.reindex([*parts, "OVERALL"]) for name, one in by_name.items()}
+    figure = _bars(tables, metric, list(MODELS))
+    figure.axes[0].axhline(len(parts) - 0.5, color=FAINT, linewidth=0.8)
+    return _finished(figure, _about(by_name.values()))
+
+
+@styled
+def overall_bars(models: Mapping[str, pd.DataFrame], metric: str = "auroc") -> Figure:
+    """Draw a line a model: a metric over all body parts with its 95 % interval (chapters 5, 7-9).
+
+    Parameters
+    ----------
+    models : mapping
+        Reports by name, of `metrics.image_report` or `study_report`, all of one level. Black: from ImageNet's
+        weights, grey: from others.
+    metric : str
+        A key of `metrics.METRICS`; PredictionsError for any other.
+    """
+    table = pd.concat([one.loc[["OVERALL"]].set_axis([name]) for name, one in models.items()])
+    table.attrs = next(iter(models.values())).attrs
+    colours = [INK if one.attrs.get("weights") == "imagenet" else FAINT for one in models.values()]
+    return _finished(_bars({"": table}, metric, [colours]), _about(models.values()))
+
+
+def _by_name(tables: Tables) -> Mapping[str, pd.DataFrame]:
+    return {"": tables} if isinstance(tables, pd.DataFrame) else tables
+
+
+def _curves(axis: Axes, history: pd.DataFrame, panel: str, colours: tuple[str, str], name: str) -> None:
+    """One run's curves in one panel, train and dev, and dotted lines between its stages."""
+    epochs = history.get("epoch", pd.Series(range(1, len(history) + 1)))
+    for column, line, colour in zip((panel, f"val_{panel}"), ("--", "-o"), colours, strict=True):
+        if column in history:
+            axis.plot(epochs, history[column], line, color=colour, ms=4, lw=1.4, label=name * (line == "-o"))
+    if "stage" in history:
+        for last in history.groupby("stage")["epoch"].max().iloc[:-1]:
+            axis.axvline(last + 0.5, color=colours[1], linewidth=0.8, linestyle=":")
+
+
+def _panel(axis: Axes, panel: str) -> None:
+    """Title, units, floor and chance line of one panel of learning curves."""
+    title, unit, floor = PANELS[panel]
+    low, high = axis.get_ylim()
+    if panel == "loss" and high > HIGHEST_LOSS:
+        title, high = f"{title} (cut off at {HIGHEST_LOSS:g})", HIGHEST_LOSS
+    axis.set(title=title, xlabel="epoch", ylabel=unit, ylim=(min(low, floor), max(high, floor + 0.1)))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if panel in CHANCE:
+        axis.axhline(CHANCE[panel], color=FAINT, linewidth=0.8, linestyle=":")
+
+
+def _matrix(axis: Axes, rows: pd.DataFrame, threshold: float, fontsize: int) -> None:
+    """One confusion matrix, each row in its own class's colour."""
+    called = rows["probability"] > threshold
+    counts = np.array([[((rows["label"] == t) & (called == c)).sum() for c in (0, 1)] for t in (0, 1)])
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # White for 0 %, two thirds of the way to the class's colour for 100 %: dark text stays readable.
+    axis.imshow(1 - 0.65 * fractions[..., None] * (1 - np.array([[to_rgb(c)] for c in COLOURS])))
+    for truth, call in np.ndindex(2, 2):
+        text = f"{counts[truth, call]:,}\n{fractions[truth, call]:.0%}" if counts[truth].sum() else "0"
+        axis.text(call, truth, text, ha="center", va="center", fontsize=fontsize)
+    axis.axhline(0.5, color="white", linewidth=3)
+    axis.set_xticks((0, 1), WORDS)
+    axis.set_yticks((0, 1), WORDS, rotation=90, va="center")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
+        for label, tick in enumerate(ticks):
+            tick.set(color=COLOURS[label], fontweight="bold")
+
+
+def _bars(tables: Mapping[str, pd.DataFrame], metric: str, colours: Sequence) -> Figure:
+    """Points with intervals, in figures beside the axes, too; a colour a table, or a list: a colour a row."""
+    one_of("metric", metric, tuple(metrics.METRICS), PredictionsError)
+    rows, title = next(iter(tables.values())).index, metrics.METRICS[metric]
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.3 + (0.14 + 0.19 * len(tables)) * len(rows)))
+    for i, ((name, table), colour) in enumerate(zip(tables.items(), colours, strict=False)):
+        y = np.arange(len(rows)) + (i - (len(tables) - 1) / 2) * 0.7 / max(2, len(tables))
+        axis.hlines(y, table[metric]["low"], table[metric]["high"], color=colour, linewidth=2.5)
+        axis.scatter(table[metric]["value"], y, color=colour, s=45, label=name)
+        for height, text in zip(y, reports.format_report(table)[title], strict=True):
             axis.text(1.02, height, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9.5)
-    axis.set_yticks(range(len(parts)), parts)
-    axis.set_ylim(len(parts) - 0.5, -0.5)
-    axis.axhline(len(parts) - 1.5, color=FAINT, linewidth=0.8)
-    axis.set_xlabel(f"{metrics.METRICS[metric]}, 95 % interval")
-    if metric in CHANCE:
-        axis.axvline(CHANCE[metric], color=FAINT, linewidth=0.8, linestyle=":")
-        axis.text(CHANCE[metric], -0.55, "chance", ha="center", va="bottom", fontsize=9, color=FAINT)
-    if len(reports) > 1:
-        figure.legend(loc="outside upper right", ncols=len(reports))
-    lines = dict.fromkeys(provenance(one.attrs) for one in reports.values())
-    return _finished(figure, "\n".join(lines))
-
-
-@plt.rc_context(STYLE)
-def overall_bars(reports: Mapping[str, pd.DataFrame], metric: str = "auroc") -> Figure:
-    """One line per model: a metric over all body parts with its 95 % interval (chapters 5, 7-9).
-
-    reports: by name, of `metrics.image_report` or `study_report`, all of one level. Black: from ImageNet's
-    weights, grey: from others. Raises ValueError for an unknown metric.
-    """
-    if metric not in metrics.METRICS:
-        raise ValueError(f"metric must be one of {', '.join(metrics.METRICS)}, not {metric!r}.")
-    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(reports)))
-    for y, report in enumerate(reports.values()):
-        score = report.loc["OVERALL", metric]
-        colour = INK if report.attrs.get("weights") == "imagenet" else FAINT
-        axis.hlines(y, score["low"], score["high"], color=colour, linewidth=3)
-        axis.plot(score["value"], y, "o", color=colour, markersize=8)
-        text = metrics.format_report(report).loc["OVERALL", metrics.METRICS[metric]]
-        axis.text(1.02, y, text, transform=axis.get_yaxis_transform(), va="center")
-    axis.set_yticks(range(len(reports)), reports)
-    axis.set_ylim(len(reports) - 0.5, -0.5)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.xaxis.set_major_locator(MaxNLocator(6))  # the names may leave little room
-    dotted = ""
+    axis.set_xlabel(f"{title}, 95 % interval{'; dotted: chance' * (metric in CHANCE)}")
     if metric in CHANCE:
         axis.axvline(CHANCE[metric], color=FAINT, linewidth=0.8, linestyle=":")
-        dotted = "; dotted: chance"
-    levels = {report.attrs["level"] for report in reports.values()}
-    axis.set_xlabel(f"{metrics.METRICS[metric]} on test, {', '.join(levels)} level, 95 % interval{dotted}")
-    about = dict.fromkeys(provenance(report.attrs, weights=False) for report in reports.values())
-    return _finished(figure, "\n".join(about))
+    if len(tables) > 1:
+        _legend(figure, axis, tables)
+    return figure
 
 
-def _read(file: Path, root: Path) -> np.ndarray:
-    image = cv2.imread(str(file), cv2.IMREAD_COLOR)
-    if image is None:
-        raise DataNotFoundError(f"{file} is missing or no image. Is {root} the data's folder?")
-    return image[..., ::-1]
+def _legend(figure: Figure, axis: Axes, names: Mapping[str, Any], title: str | None = None) -> None:
+    """Write the names above the figure, as many in a line as find room."""
+    ncols = max(1, 90 // (8 + max(map(len, names))))
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=ncols, title=title)
+
+
+def _about(tables: Iterable[pd.DataFrame], level: str | None = None, info: Mapping | None = None) -> str:
+    """Lines of provenance; weights only where all have the same (elsewhere the names say which)."""
+    infos = [info] if info else [table.attrs | metrics.provenance_of(table) for table in tables]
+    same = len({one.get("weights") for one in infos}) == 1
+    return "\n".join(dict.fromkeys(reports.provenance(one, level, same) for one in infos))
 
 
 def _finished(figure: Figure, note: str | None) -> Figure:

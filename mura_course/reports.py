@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import pandas as pd
@@ -21,24 +21,24 @@ from .errors import PredictionsError, one_of
 if TYPE_CHECKING:
     from .runs import Run
 
-LEVELS = {"image": metrics.image_report, "study": metrics.study_report}
+Model = Union["Run", pd.DataFrame]  # a run, or predictions as `metrics.image_report` takes them
 
 
-def data_name(source: pd.DataFrame | Run | Mapping[str, Any]) -> str:
-    """The data's name for titles and tables: "MURA-demo, synthetic films" or "MURA-v1.1".
+def data_name(source: Model | Mapping[str, Any]) -> str:
+    """Name the data for titles and tables: "MURA-demo, synthetic films" or "MURA-v1.1".
 
     Parameters
     ----------
     source : DataFrame, Run or mapping
         The index, predictions or a report (their ``attrs`` are read), a run, or its info.
     """
-    about = _about(source)
-    name = about.get("name" if isinstance(source, pd.DataFrame) and "name" in about else "data")
-    return f"{name or 'data not stated'}{', synthetic films' if about.get('is_demo') else ''}"
+    about = metrics.provenance_of(source) if isinstance(source, pd.DataFrame) else source
+    about = about if isinstance(about, Mapping) else about.info
+    return f"{about.get('data', 'data not stated')}{', synthetic films' * bool(about.get('is_demo'))}"
 
 
 def provenance(info: Mapping[str, Any], level: str | None = None, weights: bool = True) -> str:
-    """What scores are about: "MURA-demo (synthetic films, not MURA) · image level · random weights".
+    """Say what scores are about: "MURA-demo (synthetic films, not MURA) · image level · random weights".
 
     Parameters
     ----------
@@ -49,35 +49,32 @@ def provenance(info: Mapping[str, Any], level: str | None = None, weights: bool 
     weights : bool
         False where the figure itself says which.
     """
-    data = info.get("data") or "data not stated"
-    parts = [f"{data} (synthetic films, not MURA)" if info.get("is_demo") else data]
-    level = level or info.get("level")
-    parts += [f"{level} level"] if level else []
+    parts = [info.get("data", "data not stated") + " (synthetic films, not MURA)" * bool(info.get("is_demo"))]
+    if level := level or info.get("level"):
+        parts.append(f"{level} level")
     if weights:
-        parts.append(f"{info['weights']} weights" if info.get("weights") else "weights not stated")
-    parts += [f"profile {info['profile']}"] if info.get("profile") else []
+        parts.append(f"{info['weights']} weights" if "weights" in info else "weights not stated")
+    if "profile" in info:
+        parts.append(f"profile {info['profile']}")
     return " · ".join(parts)
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Markdown:
-    """A table that a notebook shows, of a header and rows of as many cells (any values; text as Markdown)."""
+    """Make a table that a notebook shows: a header, and rows of as many cells (text is Markdown)."""
     lines = [header, ["---"] * len(header), *rows]
     return Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
 
 
 def show_source(*things: Callable[..., Any] | type) -> Markdown:
-    """The source of functions or classes of the package, as highlighted code under the name of its module."""
-    blocks = []
-    for thing in things:
-        source = textwrap.dedent(inspect.getsource(thing))
-        blocks.append(f"```python\n# {thing.__module__}\n{source}```")
-    return Markdown("\n\n".join(blocks))
+    """Show functions or classes of the package as highlighted code, under the name of their module."""
+    sources = [f"# {thing.__module__}\n{textwrap.dedent(inspect.getsource(thing))}" for thing in things]
+    return Markdown("\n\n".join(f"```python\n{source}```" for source in sources))
 
 
 def image_reports(
-    models: Mapping[str, Run | pd.DataFrame], samples: int = 1000, level: str = "image"
+    models: Mapping[str, Model], samples: int = 1000, level: str = "image"
 ) -> dict[str, pd.DataFrame]:
-    """By name: each model's report, of `metrics.image_report` or (level "study") `metrics.study_report`.
+    """Score each model: its report, of `metrics.image_report` or (level "study") `metrics.study_report`.
 
     Parameters
     ----------
@@ -93,12 +90,13 @@ def image_reports(
     PredictionsError
         An unknown level, or predictions that cannot be scored.
     """
-    report = LEVELS[one_of("level", level, tuple(LEVELS), PredictionsError)]
+    one_of("level", level, ("image", "study"), PredictionsError)
+    report = metrics.image_report if level == "image" else metrics.study_report
     return {name: report(_predictions(model), samples=samples) for name, model in models.items()}
 
 
 def interval(value: float, low: float, high: float, digits: int = 2, signed: bool = False) -> str:
-    """A score with its interval: "0.75 [0.71, 0.79]"; without the one or the other, that is said."""
+    """Write a score with its interval: "0.75 [0.71, 0.79]"; without the one or the other, that is said."""
     if np.isnan(value):
         return "undefined"
     form = f"{'+' if signed else ''}.{digits}f"
@@ -106,41 +104,35 @@ def interval(value: float, low: float, high: float, digits: int = 2, signed: boo
 
 
 def format_report(report: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
-    """The report for a reader's eye: "0.75 [0.71, 0.79]" per metric, under the metric's full name.
+    """Write a report for a reader's eye: "0.75 [0.71, 0.79]" per metric, under the metric's full name.
 
     Where an interval rests on fewer resamples than were drawn, the text says on how many.
     """
+    drawn = report.attrs.get("samples", 0)
+
+    def cell(value: float, low: float, high: float, resamples: float) -> str:
+        few = resamples < drawn and not np.isnan(low)
+        return interval(value, low, high, digits) + f" ({resamples:.0f} of {drawn} resamples)" * bool(few)
+
     shown = pd.DataFrame({column: report[column] for column in metrics.COUNTS}, index=report.index)
-    drawn = report.attrs.get("samples")
     for metric, title in metrics.METRICS.items():
-        cells = []
-        for value, low, high, resamples in report[metric].to_numpy():
-            few = drawn is not None and resamples < drawn and not np.isnan(low)
-            note = f" ({resamples:.0f} of {drawn} resamples)" if few else ""
-            cells.append(interval(value, low, high, digits) + note)
-        shown[title] = cells
+        shown[title] = [cell(*row) for row in report[metric].to_numpy()]
     shown.attrs = dict(report.attrs)
     return shown
 
 
 def overall(reports: Mapping[str, pd.DataFrame], digits: int = 2) -> pd.DataFrame:
-    """One row a model: its scores over all body parts as `format_report` writes them."""
+    """Write one row a model: its scores over all body parts as `format_report` writes them."""
     return pd.DataFrame({name: format_report(one, digits).loc["OVERALL"] for name, one in reports.items()}).T
 
 
 def format_difference(table: pd.DataFrame, metric: str = "auroc", digits: int = 3) -> str:
-    """A row of `metrics.paired_difference` for a reader's eye: "+0.041 [+0.001, +0.080]"."""
-    return interval(*table.loc[metric, ["value", "low", "high"]], digits=digits, signed=True)
+    """Write a row of `metrics.paired_difference` for a reader's eye: "+0.041 [+0.001, +0.080]"."""
+    return interval(*table.loc[metric].to_numpy()[:3], digits=digits, signed=True)
 
 
-def difference(
-    a: Run | pd.DataFrame,
-    b: Run | pd.DataFrame,
-    metric: str = "auroc",
-    samples: int = 1000,
-    level: str = "image",
-) -> str:
-    """How much better `a` is than `b`, in words: "+0.121 [+0.075, +0.168]: better".
+def difference(a: Model, b: Model, metric: str = "auroc", samples: int = 1000, level: str = "image") -> str:
+    """Say how much better `a` is than `b`, in words: "+0.121 [+0.075, +0.168]: better".
 
     Parameters
     ----------
@@ -165,14 +157,9 @@ def difference(
 
 
 def agreement(
-    claim: str,
-    a: Run | pd.DataFrame,
-    b: Run | pd.DataFrame,
-    metric: str = "auroc",
-    samples: int = 1000,
-    margin: float = 0.05,
+    claim: str, a: Model, b: Model, metric: str = "auroc", samples: int = 1000, margin: float = 0.05
 ) -> str:
-    """Whether a report's claim about `a` against `b` is seen here.
+    """Say whether a report's claim about `a` against `b` is seen here.
 
     Parameters
     ----------
@@ -190,17 +177,16 @@ def agreement(
     """
     one_of("claim", claim, ("better", "worse", "no big difference"), PredictionsError)
     table, words = _compared(a, b, metric, samples, "image")
-    low, high = table.loc[metric, ["low", "high"]]
-    if words == "not tested here":
-        return words
-    if claim == "no big difference":
-        small, big = -margin < low and high < margin, low > margin or high < -margin
-        return "agrees" if small else "disagrees" if big else "cannot tell"
-    return "agrees" if words == claim else "cannot tell" if words == "no difference shown" else "disagrees"
+    _, low, high, _ = table.loc[metric].to_numpy()
+    if claim == "no big difference" and words != "not tested here":
+        agrees, disagrees = -margin < low and high < margin, low > margin or high < -margin
+        return "agrees" if agrees else "disagrees" if disagrees else "cannot tell"
+    known = {claim: "agrees", "no difference shown": "cannot tell", "not tested here": "not tested here"}
+    return known.get(words, "disagrees")
 
 
 def fraction_right(rows: pd.DataFrame, right: Any, samples: int = 1000, digits: int = 3) -> str:
-    """The fraction of `rows` on which something is right, a router for example: "0.984 [0.972, 0.993]".
+    """Say on which fraction of `rows` something is right, a router for example: "0.984 [0.972, 0.993]".
 
     Parameters
     ----------
@@ -210,26 +196,20 @@ def fraction_right(rows: pd.DataFrame, right: Any, samples: int = 1000, digits: 
         Whether it is right on each. The 95 % interval is that of `metrics.image_report`, over patients.
     """
     answered = rows.assign(label=1, probability=np.asarray(right, float))
-    return format_report(metrics.image_report(answered, samples=samples), digits).at["OVERALL", "Accuracy"]
+    return str(overall({"": metrics.image_report(answered, samples=samples)}, digits)["Accuracy"].iloc[0])
 
 
 def _compared(a: Any, b: Any, metric: str, samples: int, level: str) -> tuple[pd.DataFrame, str]:
-    """The paired difference, and what its interval says."""
+    """Compare a with b: the paired difference, and what its interval says."""
     one_of("metric", metric, tuple(metrics.METRICS), PredictionsError)
     a, b = _predictions(a), _predictions(b)
     table = metrics.paired_difference(a, b, level=level, samples=samples)
-    low, high = table.loc[metric, ["low", "high"]]
+    _, low, high, _ = table.loc[metric].to_numpy()
     constant = any(len(p) > 1 and p["probability"].nunique() == 1 for p in (a, b))
     if constant or np.isnan(low):
         return table, "not tested here"
     return table, "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
 
-def _predictions(model: Run | pd.DataFrame) -> pd.DataFrame:
+def _predictions(model: Model) -> pd.DataFrame:
     return model if isinstance(model, pd.DataFrame) else model.predictions
-
-
-def _about(source: Any) -> Mapping[str, Any]:
-    if isinstance(source, pd.DataFrame):
-        return source.attrs
-    return source if isinstance(source, Mapping) else source.info
