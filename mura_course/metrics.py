@@ -25,6 +25,7 @@ METRICS = {
 }
 """Column name in a report -> the name that a reader sees."""
 
+FOUND = ("value", "low", "high", "resamples")
 COUNTS = ("level", "n", "patients", "positives")
 PROVENANCE = ("data", "is_demo", "fingerprint", "profile", "weights", "run")
 # Resamples are drawn in blocks of about this many float64 weights, which stay in the processor's cache.
@@ -160,22 +161,21 @@ def paired_difference(
         return {metric: ours[metric] - theirs[metric] for metric in METRICS}
 
     summary = _intervals(differences, len(patients), len(a), samples, _generator(seed, "OVERALL"))
-    table = pd.DataFrame.from_dict(summary, orient="index", columns=["value", "low", "high", "resamples"])
+    table = pd.DataFrame.from_dict(summary, orient="index", columns=list(FOUND))
     table.attrs = {"level": level, "threshold": threshold, "samples": samples}
     return table
 
 
 def provenance_of(table: pd.DataFrame) -> dict:
-    """What a table's attrs say about where it came from; a table cut from the index names its data `name`."""
+    """Collect what a table's attrs say about where it came from; the index calls its data `name`."""
     attrs = {"data": table.attrs["name"]} if "name" in table.attrs else {}
     return attrs | {key: table.attrs[key] for key in PROVENANCE if key in table.attrs}
 
 
 def check(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The predictions with float probabilities and int labels; PredictionsError says what is wrong."""
+    """Return the predictions with float probabilities and int labels; PredictionsError says what is wrong."""
     needed = ["body_part", "patient", "study", "label", "probability"]
-    missing = [column for column in needed if column not in predictions]
-    if missing:
+    if missing := [column for column in needed if column not in predictions]:
         raise PredictionsError(
             f"The predictions lack the column(s) {', '.join(missing)}. They need the columns of the index "
             "(see data.load_index) and `probability`, the predicted probability of abnormal."
@@ -183,47 +183,39 @@ def check(predictions: pd.DataFrame) -> pd.DataFrame:
     if predictions.empty:
         raise PredictionsError("The predictions are empty: no image to score. Is the split's name right?")
     probability = pd.to_numeric(predictions["probability"], errors="coerce")
-    wrong = ~probability.between(0, 1)  # NaN is not between
-    if wrong.any():
+    wrong = predictions["probability"][~probability.between(0, 1)]  # NaN is not between
+    if len(wrong):
         raise PredictionsError(
-            f"{wrong.sum()} of {len(predictions)} probabilities are not between 0 and 1, first "
-            f"{predictions['probability'][wrong].iloc[0]!r} at row {predictions.index[wrong][0]!r}. "
-            "Give the output after the sigmoid; NaN means that the training diverged."
+            f"{len(wrong)} of {len(predictions)} probabilities are not between 0 and 1, first "
+            f"{wrong.iloc[0]!r} at row {wrong.index[0]!r}. Give the output after the sigmoid; NaN means that "
+            "the training diverged."
         )
-    gaps = predictions[needed].isna().any()
-    if gaps.any():
-        raise PredictionsError(
-            f"The predictions have empty cells in column(s) {', '.join(gaps.index[gaps])}."
-        )
-    if "path" in predictions and predictions["path"].duplicated().any():
-        twice = predictions["path"][predictions["path"].duplicated()]
-        raise PredictionsError(
-            f"{len(twice)} images are predicted more than once, first {twice.iloc[0]!r}: "
-            "score one model at a time."
-        )
-    if not predictions["label"].isin([0, 1]).all():
-        other = sorted(set(predictions["label"].astype(str)) - {"0", "1"})[:5]
-        raise PredictionsError(f"Labels must be 0 (normal) or 1 (abnormal); found also {', '.join(other)}.")
+    if gaps := [column for column in needed if predictions[column].isna().any()]:
+        raise PredictionsError(f"The predictions have empty cells in column(s) {', '.join(gaps)}.")
+    if "path" in predictions and len(twice := predictions["path"][predictions["path"].duplicated()]):
+        first = f"first {twice.iloc[0]!r}: score one model at a time"
+        raise PredictionsError(f"{len(twice)} images are predicted more than once, {first}.")
+    other = sorted(set(predictions["label"][~predictions["label"].isin([0, 1])].astype(str)))
+    if other:
+        found = ", ".join(other[:5])
+        raise PredictionsError(f"Labels must be 0 (normal) or 1 (abnormal); found also {found}.")
     return predictions.assign(probability=probability.astype(float), label=predictions["label"].astype(int))
 
 
 def _report(rows: pd.DataFrame, level: str, threshold: float, samples: int, seed: int) -> pd.DataFrame:
     """One row per body part and OVERALL; `rows` are images or studies."""
-    parts = {str(part): group for part, group in rows.groupby("body_part", observed=True, sort=True)}
-    parts = dict(sorted(parts.items())) | {"OVERALL": rows}
-    summaries = {
-        part: _summary(group, level, threshold, samples, _generator(seed, part))
-        for part, group in parts.items()
-    }
-    table = pd.DataFrame.from_dict(summaries, orient="index")
-    table.columns = pd.MultiIndex.from_tuples(table.columns)
-    table.index.name = "body_part"
-    table.attrs = provenance_of(rows) | {"level": level, "threshold": threshold, "samples": samples}
+    parts = {str(part): group for part, group in rows.groupby("body_part", observed=True)}
+    summaries = {}
+    for part, group in (dict(sorted(parts.items())) | {"OVERALL": rows}).items():
+        summaries[part] = _summary(group, level, threshold, samples, _generator(seed, part))
+    table = pd.DataFrame(summaries.values(), index=pd.Index(summaries, name="body_part"))
+    table.columns = pd.MultiIndex.from_tuples(next(iter(summaries.values())))
+    table.attrs |= provenance_of(rows) | {"level": level, "threshold": threshold, "samples": samples}
     return table
 
 
 def _generator(seed: int, part: str) -> np.random.Generator:
-    """A stream per body part: its interval does not depend on which other parts are in the table."""
+    """Make a stream per body part: its interval does not depend on which other parts are in the table."""
     return np.random.default_rng([seed, zlib.crc32(part.encode())])
 
 
@@ -231,10 +223,9 @@ def _summary(rows: pd.DataFrame, level: str, threshold: float, samples: int, rng
     patients, patient = np.unique(rows["patient"].to_numpy(), return_inverse=True)
     scorer = Scorer(rows["label"].to_numpy(), rows["probability"].to_numpy(), patient, threshold)
     counts = (level, len(rows), len(patients), int(rows["label"].sum()))
-    summary = {(column, ""): count for column, count in zip(COUNTS, counts, strict=True)}
+    summary: dict[tuple[str, str], object] = {(c, ""): n for c, n in zip(COUNTS, counts, strict=True)}
     for metric, found in _intervals(scorer, len(patients), len(rows), samples, rng).items():
-        names = ("value", "low", "high", "resamples")
-        summary |= {(metric, name): number for name, number in zip(names, found, strict=True)}
+        summary |= {(metric, name): number for name, number in zip(FOUND, found, strict=True)}
     return summary
 
 
@@ -269,7 +260,7 @@ class Scorer:
     """
 
     def __init__(self, label: np.ndarray, probability: np.ndarray, patient: np.ndarray, threshold: float):
-        """label 0/1, probability in [0, 1], patient 0, 1, 2, ...: all of shape (rows,)."""
+        """Take label 0/1, probability in [0, 1], patient 0, 1, 2, ...: all of shape (rows,)."""
         called, abnormal = probability > threshold, label == 1
         cells = [abnormal & called, ~abnormal & called, ~abnormal & ~called, abnormal & ~called]
         # (patients, 4): each patient's true positives, false positives, true negatives, false negatives.
@@ -280,12 +271,13 @@ class Scorer:
         self.starts = np.flatnonzero(np.r_[True, np.diff(probability[order]) > 0])
 
     def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Score every row of `weights`."""
         tp, fp, tn, fn = (weights @ self.confusion).T
         n = tp + fp + tn + fn
         with np.errstate(invalid="ignore", divide="ignore"):
             agreement = (tp + tn) / n
             chance = ((tp + fp) * (tp + fn) + (fn + tn) * (fp + tn)) / n**2
-            scores = {
+            return {
                 "accuracy": agreement,
                 "auroc": self._auroc(weights),
                 "kappa": (agreement - chance) / np.where(chance < 1, 1 - chance, np.nan),
@@ -293,7 +285,6 @@ class Scorer:
                 "specificity": tn / (tn + fp),
                 "f1": 2 * tp / (2 * tp + fp + fn),
             }
-        return scores
 
     def _auroc(self, weights: np.ndarray) -> np.ndarray:
         """Weighted share of (abnormal, normal) pairs where the abnormal one is higher; ties count half."""

@@ -12,19 +12,18 @@ survives a kill. The setup chapter explains where runs lie and how to delete one
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import hashlib
+import itertools
 import json
-import math
 import os
 import platform
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,14 @@ from .errors import MuraError, PredictionsError, RunError, printable
 
 VARIABLE = "MURA_RUNS"
 IDENTITY = ("name", "config", "data", "fingerprint", "is_demo", "profile", "weights")
-RESULT = ("metrics", "epochs", "seconds", "device", "versions", "model", "files", "finished")
+KEYS = (*IDENTITY, "metrics", "epochs", "seconds", "device", "versions", "model", "files", "finished")
 LIBRARIES = ("keras", "tensorflow", "torch", "torchvision", "lightning", "numpy", "pandas", "sklearn", "cv2")
 
 # pandas 3 reads floats exactly by itself, and warns when it is asked to.
 EXACTLY: dict[str, Any] = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A finished run, as `fit_or_load` and `load` return it.
 
@@ -69,26 +68,21 @@ class Run:
     was_trained_now: bool = False
 
     def model_file(self) -> Path:
-        """The saved model's file, its digest checked; RunError where there is none or it was changed."""
+        """Return the saved model's file, its digest checked; RunError where it is none or changed."""
         if self.info["model"] is None:
             raise RunError(f"The run {self.folder} has no saved model.")
-        with _damage_named(self.folder):
-            return _verified(self.folder, self.info, self.info["model"])
+        return _verified(self.folder, self.info, self.info["model"])
 
     def describe(self) -> str:
         """One sentence for a chapter: trained now or earlier, on which data, from which weights, how long."""
         info = self.info
-        how = (
-            "trained now" if self.was_trained_now else f"loaded, not trained again ({info['finished'][:10]})"
-        )
-        source = f"{info['data']} (synthetic films, not MURA)" if info["is_demo"] else info["data"]
+        made = "trained now" if self.was_trained_now else f"loaded (made {info['finished'][:10]})"
+        source = info["data"] + " (synthetic films, not MURA)" * info["is_demo"]
         epochs = f"{info['epochs']} epoch{'s' * (info['epochs'] != 1)} in " if info["epochs"] else ""
-        cost = f"{epochs}{duration(info['seconds'])} on {info['device']}"
-        start = f"data {source}, profile {info['profile']}, {info['weights']} weights"
-        return f"Run {info['name']}: {how}; {start}; {cost}."
-
-    def __repr__(self) -> str:
-        return f"<{self.describe()}>"
+        return (
+            f"Run {info['name']}: {made}; data {source}, profile {info['profile']}, "
+            f"{info['weights']} weights; {epochs}{duration(info['seconds'])} on {info['device']}."
+        )
 
 
 def fit_or_load(
@@ -112,7 +106,8 @@ def fit_or_load(
         ``fit(workdir) -> (model, history, predictions)``, called only where there is no such run. The model
         is None or of a class that `save_model` knows; the history has a row an epoch, or is None; the
         predictions have the index's columns and `probability`. What `fit` leaves in `workdir` survives a
-        kill, and the next call gets the same folder. A second process that asks for the run waits, then loads.
+        kill, and the next call gets the same folder. A second process that asks for the run waits, then loads
+        it.
     index, profile : optional
         As `data.load_index` and `profiles.current` return them, which is also the default.
     weights : str
@@ -137,17 +132,18 @@ def fit_or_load(
     profile = profile or profiles.current(index)
     identity = _identity(name, config, index, profile, weights)
     folder, made = _folder(identity, root), False
+    workdir = folder.with_name(f"{folder.name}.partial")
     if not (folder / "run.json").exists():
         with disk.lock(folder, VARIABLE):
             if not (folder / "run.json").exists():  # unless the process that we waited for has made it
-                _make(folder, identity, fit, profile.bootstrap_samples)
+                _make(folder, workdir, identity, fit, profile.bootstrap_samples)
                 made = True
-    shutil.rmtree(_partial(folder), ignore_errors=True)  # a kill after the renaming leaves it
+    shutil.rmtree(workdir, ignore_errors=True)  # a kill after the renaming leaves it
     return _load(folder, identity, was_trained_now=made)
 
 
 def load(folder: str | Path, index: pd.DataFrame | None = None) -> Run:
-    """The finished run in `folder`; with `index`, RunError unless the run was made on exactly these data."""
+    """Load the finished run in `folder`; with `index`, RunError unless it was made on exactly these data."""
     return _load(Path(folder), {} if index is None else _data_identity(index))
 
 
@@ -161,8 +157,8 @@ def save_model(model: Any, folder: Path) -> str | None:
     if model is None:
         return None
     raise RunError(
-        f"fit returned a {type(model).__name__}, which cannot be saved. Return a Keras model, a torch module or "
-        "None, and import mura_course.keras_tools.models or mura_course.torch_tools.models before."
+        f"fit returned a {type(model).__name__}, which cannot be saved. Return None, a Keras model or a torch "
+        "module, after importing mura_course.keras_tools.models or mura_course.torch_tools.models."
     )
 
 
@@ -174,17 +170,19 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
     `image_accuracy`, `image_auroc`, `image_kappa`, `study_accuracy`, ...
     """
     root, rows = _root(root), []
-    for file in sorted([*root.glob("*/*/[!.]*/run.json"), *root.glob("*/*/*.partial/interrupted.json")]):
-        state = "finished" if file.name == "run.json" else "interrupted"
-        try:
-            row = _flat(_read_info(file))
-        except MuraError:
-            row, state = {}, "unreadable"
-        rows.append(row | {"run": str(file.parent.relative_to(root)), "state": state})
-    columns = ["run", "state", "name", "data", "profile", "weights", "epochs", "seconds", "finished"]
-    scores = [(level, metric) for level in ("image", "study") for metric in ("accuracy", "auroc", "kappa")]
-    table = pd.DataFrame(rows, columns=columns + [f"metrics.test.{level}.{m}.value" for level, m in scores])
-    table.columns = columns + ["_".join(score) for score in scores]
+    for folder in sorted(entry for entry in root.glob("*/*/[!.]*") if entry.is_dir()):
+        row: dict[str, Any] = {"run": str(folder.relative_to(root)), "state": "interrupted"}
+        if folder.suffix != ".partial":
+            try:
+                row |= _read_info(folder) | {"state": "finished"}
+            except MuraError:
+                row["state"] = "unreadable"
+        rows.append(row)
+    shown = ["run", "state", "name", "data", "profile", "weights", "epochs", "seconds", "finished"]
+    columns = {name: name for name in shown}
+    for level, metric in itertools.product(("image", "study"), ("accuracy", "auroc", "kappa")):
+        columns[f"metrics.test.{level}.{metric}.value"] = f"{level}_{metric}"
+    table = pd.json_normalize(rows).reindex(columns=list(columns)).rename(columns=columns)
     return table.map(lambda cell: printable(cell) if isinstance(cell, str) else cell)
 
 
@@ -195,9 +193,9 @@ def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
     -------
     DataFrame
         A row for each value of run.json that differs: `run`, `item` ("config.epochs",
-        "metrics.test.image.auroc.value"), `a`, `b` (None where there is no such item), `change` (b - a, of
-        numbers), `low` and `high` (a's 95 % interval, of metrics). Runs are paired by data, profile, name and
-        config; two single runs in any case. A run without a partner is one row, item "run".
+        "metrics.test.image.auroc.value"), `a`, `b` (NaN where there is no such item) and `change` (b - a, of
+        numbers). Runs are paired by data, profile, name and config; two single runs in any case. A run
+        without a partner is one row, item "state".
 
     Raises
     ------
@@ -208,20 +206,14 @@ def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
     """
     old, new = _items(a), _items(b)
     if len(old) == len(new) == 1:
-        new = dict(zip(old, new.values(), strict=True))
-    rows = []
-    for run in sorted(old.keys() | new.keys()):
-        x, y = old.get(run), new.get(run)
-        if x is None or y is None:
-            x, y = ({"run": "absent" if items is None else "present"} for items in (x, y))
-        for item in sorted(x.keys() | y.keys()):
-            ends = (x.get(item.removesuffix("value") + end) for end in ("low", "high"))
-            if x.get(item) != y.get(item) and not item.endswith((".low", ".high")):
-                rows.append([run, item, x.get(item), y.get(item), *ends])
-    table = pd.DataFrame(rows, columns=["run", "item", "a", "b", "low", "high"], dtype=object)
+        new.index = old.index
+    table = pd.DataFrame({"a": old.stack(), "b": new.stack()}, dtype=object)
+    table = table.rename_axis(["run", "item"]).reset_index()
+    alone = ~table["run"].isin(old.index.intersection(new.index))
+    table = table[table["a"].ne(table["b"]) & (table["item"].eq("state") | ~alone)]
+    table = table[~table["item"].str.contains(r"^files\.|^finished$|\.low$|\.high$")]
     numbers = table[["a", "b"]].map(lambda value: value if isinstance(value, (int, float)) else None)
-    table.insert(4, "change", numbers.astype(float).diff(axis=1)["b"])
-    return table
+    return table.assign(change=numbers.astype(float).diff(axis=1)["b"]).reset_index(drop=True)
 
 
 def duration(seconds: float) -> str:
@@ -249,12 +241,10 @@ def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Pr
 
 
 def _data_identity(index: pd.DataFrame) -> dict[str, Any]:
-    if index.empty:
-        raise RunError("The index has no rows: there is nothing to train on. Which step left none?")
-    if "name" not in index.attrs:
-        raise RunError("The index does not say which data it is of. Pass what data.load_index() returned.")
-    attrs, fingerprint = index.attrs, data.fingerprint(index)
-    return {"data": attrs["name"], "is_demo": bool(attrs["is_demo"]), "fingerprint": fingerprint}
+    if index.empty or not index.attrs.keys() >= {"name", "is_demo"}:
+        raise RunError("The index has no rows or no name. Pass rows of what data.load_index() returned.")
+    attrs = {"data": index.attrs["name"], "is_demo": bool(index.attrs["is_demo"])}
+    return attrs | {"fingerprint": data.fingerprint(index)}
 
 
 def _root(root: str | Path | None) -> Path:
@@ -268,35 +258,32 @@ def _folder(identity: dict, root: str | Path | None) -> Path:
     return _root(root) / data_folder / identity["profile"] / f"{identity['name']}-{key}"
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.partial")
-
-
 # Making one -------------------------------------------------------------------------------------
 
 
-def _make(folder: Path, identity: dict, fit: Callable, samples: int) -> None:
+def _make(folder: Path, workdir: Path, identity: dict, fit: Callable, samples: int) -> None:
     """Call `fit` and write what it returns; the caller holds the lock."""
     if folder.exists():
         raise RunError(f"{folder} exists but holds no run.json: it is no finished run. Delete it first.")
-    if _partial(folder).exists():
+    if workdir.exists():
         print(f"Run {identity['name']} was interrupted earlier: going on.")
-    workdir = disk.workdir(_partial(folder), VARIABLE)
-    disk.write_json(workdir / "interrupted.json", identity, VARIABLE)
+    disk.workdir(workdir, VARIABLE)
     start = time.perf_counter()
     result = fit(workdir)
     if not isinstance(result, tuple) or len(result) != 3:
         raise RunError("fit(workdir) must return three things: (model, history, predictions).")
     model, history, predictions = result
-    if missing := [column for column in ("path", "split") if column not in predictions]:
-        raise PredictionsError(f"The predictions lack the index column(s) {', '.join(missing)}.")
+    if missing := {"path", "split"} - set(predictions):
+        raise PredictionsError(f"The predictions lack the index column(s) {', '.join(sorted(missing))}.")
     history = pd.DataFrame({"epoch": []}, dtype=int) if history is None else history
-    wall = time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if "seconds" in history:  # a resumed run counts the epochs of its earlier attempts, too
+        seconds = max(seconds, float(history["seconds"].sum()))
     info = identity | {
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), "mura_course": __version__}
+        | {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules},
         "device": _device(),
-        # A resumed run counts the epochs of its earlier attempts, too.
-        "seconds": round(max(wall, float(history["seconds"].sum()) if "seconds" in history else 0.0), 3),
+        "seconds": round(seconds, 3),
         "epochs": len(history),
         "expected_scale": getattr(model, "expected_scale", None),
         "architecture": getattr(model, "architecture", None),
@@ -317,34 +304,26 @@ def _write(folder: Path, info: dict, model: Any, history: pd.DataFrame, predicti
         disk.write_json(new / "run.json", info, VARIABLE)
 
 
-def _scores(predictions: pd.DataFrame, samples: int) -> dict:
+def _scores(predictions: pd.DataFrame, samples: int) -> dict[str, Any]:
     """{split: {level: {metric: {value, low, high}}}} over all body parts; undefined (NaN) becomes null."""
-    levels = {"image": metrics.image_report, "study": metrics.study_report}
-    scores: dict = {}
+    scores: dict[str, Any] = {}
     for split, rows in metrics.check(predictions).groupby("split", observed=True):
+        levels = {"image": metrics.image_report, "study": metrics.study_report}
         for level, report in levels.items():
-            overall = report(rows, samples=samples).loc["OVERALL"]
-            table = {count: int(overall[count, ""]) for count in ("n", "patients", "positives")}
-            for metric in metrics.METRICS:
-                found = overall[metric][["value", "low", "high"]].items()
-                table[metric] = {key: None if math.isnan(number) else number for key, number in found}
+            overall = report(rows, samples=samples).tail(1).astype(object)
+            overall = overall.where(overall.notna(), None)
+            table = {count: int(overall[count].item()) for count in ("n", "patients", "positives")}
+            table |= {metric: overall[metric].iloc[0].to_dict() for metric in metrics.METRICS}
             scores.setdefault(str(split), {})[level] = table
     return scores
 
 
-def _versions() -> dict[str, str]:
-    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
-    own = {"python": platform.python_version(), "mura_course": __version__}
-    return own | {name: str(version) for name, version in loaded.items() if version}
-
-
 def _device() -> str:
-    """The accelerator that the imported framework sees, else the processor."""
+    """Name the accelerator that the imported framework sees, else the processor."""
     torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
-    if torch is not None and torch.cuda.is_available():
+    if torch and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    gpus = tensorflow.config.list_physical_devices("GPU") if tensorflow is not None else []
-    if tensorflow is not None and gpus:
+    if tensorflow and (gpus := tensorflow.config.list_physical_devices("GPU")):
         return tensorflow.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"CPU, {cores} cores"
@@ -354,77 +333,50 @@ def _device() -> str:
 
 
 def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
-    info = _read_info(folder / "run.json")
+    info = _read_info(folder)
     for key, value in expected.items():
         if info[key] != value:
-            raise RunError(
-                f"The run in {folder} is another one: its {key} is {info[key]!r}, not {value!r}. "
-                "Its scores would not be those of these data. Delete or move the folder to train anew."
-            )
-    with _damage_named(folder):
+            difference = f"its {key} is {info[key]!r}, not {value!r}"
+            raise RunError(f"{folder} holds another run: {difference}. Delete or move it to train anew.")
+    try:
         if info["model"]:
             _verified(folder, info, info["model"], thoroughly=False)
-        tables = [_verified(folder, info, f"{name}.csv") for name in ("history", "predictions")]
-        history, predictions = (pd.read_csv(table, **EXACTLY) for table in tables)
+        files = [_verified(folder, info, f"{name}.csv") for name in ("history", "predictions")]
+        history, predictions = (pd.read_csv(file, **EXACTLY) for file in files)
         predictions["body_part"] = pd.Categorical(predictions["body_part"], data.BODY_PARTS)
         for table in (history, predictions):
-            table.attrs = {"run": info["name"]} | {
-                key: info[key] for key in metrics.PROVENANCE if key in info
-            }
+            table.attrs = {"run": info["name"]} | {key: info[key] for key in IDENTITY[2:]}
         run = Run(folder, info, history, predictions, was_trained_now)
         run.describe()  # reads what a page reads
-        return run
-
-
-@contextlib.contextmanager
-def _damage_named(folder: Path) -> Iterator[None]:
-    """Turn what a damaged file makes Python raise into one error that names the folder."""
-    try:
-        yield
     except MuraError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise RunError(f"The run in {folder} is damaged ({error!r}). Delete it to train anew.") from error
+    return run
 
 
-def _read_info(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise RunError(f"There is no run in {file.parent}: {file.name} is missing.")
-    info = disk.read_json(file, f"Delete {file.parent} to train anew.")
-    needed = IDENTITY + (RESULT if file.name == "run.json" else ())
-    if missing := [key for key in needed if key not in info]:
-        raise RunError(f"{file} lacks {', '.join(missing)}. Delete {file.parent} to train anew.")
+def _read_info(folder: Path) -> dict[str, Any]:
+    info = disk.read_json(folder / "run.json", f"Delete {folder} to train anew.")
+    if missing := [key for key in KEYS if key not in info]:
+        raise RunError(f"{folder / 'run.json'} lacks {', '.join(missing)}. Delete {folder} to train anew.")
     return info
 
 
 def _verified(folder: Path, info: dict, name: str, thoroughly: bool = True) -> Path:
-    """The file's path; RunError unless it has the size, and `thoroughly` the hash, it was written with."""
+    """Return the file's path; RunError unless it has the size, and `thoroughly` the hash, it had."""
     path, noted = folder / name, info["files"][name]
-    if not path.is_file():
-        found = "is missing"
-    elif path.stat().st_size != noted["bytes"]:
-        found = f"has {path.stat().st_size:,} bytes instead of {noted['bytes']:,}"
-    elif thoroughly and disk.digest(path) != noted["sha256"]:
-        found = "was changed after the run"
-    else:
-        return path
-    raise RunError(f"{path} {found}. The run cannot be trusted: delete the folder {folder} to train anew.")
+    same = path.is_file() and path.stat().st_size == noted["bytes"]
+    if not same or (thoroughly and disk.digest(path) != noted["sha256"]):
+        raise RunError(f"{path} is missing or was changed after the run. Delete {folder} to train anew.")
+    return path
 
 
-def _items(place: str | Path) -> dict[str, dict]:
-    """{data/profile/run: {item: value}} of one run folder, or of all finished runs below a root."""
-    single, items = Path(place) / "run.json", {}
-    for file in [single] if single.exists() else Path(place).glob("*/*/[!.]*/run.json"):
-        info = {key: value for key, value in _read_info(file).items() if key not in ("files", "finished")}
-        items[f"{info['data']}/{info['profile']}/{file.parent.name}"] = _flat(info)
-    if not items:
+def _items(place: str | Path) -> pd.DataFrame:
+    """Make a row of each finished run (`place`, or all below), a column of each value ("config.epochs")."""
+    single = (Path(place) / "run.json").exists()
+    folders = [Path(place)] if single else [file.parent for file in Path(place).glob("*/*/[!.]*/run.json")]
+    if not folders:
         raise RunError(f"{place} holds no finished run: give a run's folder or a folder of runs.")
-    return items
-
-
-def _flat(value: Any, item: str = "") -> dict[str, Any]:
-    """{"config.epochs": 8, "metrics.test.image.auroc.value": 0.75, ...} of nested dicts and lists."""
-    if not isinstance(value, dict | list):
-        return {item: value}
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    return {k: v for key, inner in pairs for k, v in _flat(inner, f"{item}.{key}".lstrip(".")).items()}
+    infos = [_read_info(folder) | {"state": "finished"} for folder in folders]
+    runs = [f"{info['data']}/{info['profile']}/{f.name}" for f, info in zip(folders, infos, strict=True)]
+    return pd.json_normalize(infos).astype(object).set_axis(runs, axis=0)
