@@ -2,7 +2,7 @@
 
     python benchmarks/text_removal.py [--films 300] [--data DIR] [--threads 1]
 
-Test films with their truth; the detectors of `text_detection`, and beside them what a user would do without
+Test films with their truth; the detectors of `mura_course.text`, and beside them what a user would do without
 this package: RapidOCR with its defaults, its boxes filled as KL 1.2's recipe does. keras-ocr runs where its
 weights are in its folder; it downloads nothing here. Seconds include finding and inpainting, in one process,
 with so many threads; other load makes them worthless. Writes `benchmarks/results/text_removal.csv`.
@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from mura_course import data, text_detection, text_removal, text_scores
-from mura_course.errors import MuraError
+from mura_course import data, text
+from mura_course.text import boxes, craft, scores
 
 RESULTS = Path(__file__).parent / "results" / "text_removal.csv"
 
@@ -31,23 +31,19 @@ class PlainRapidOCR:
         threading = {"EngineConfig.onnxruntime.intra_op_num_threads": threads}
         self._engine = RapidOCR(params={"Global.log_level": "critical", **threading})
 
-    def __call__(self, image: np.ndarray) -> text_detection.Found:
+    def __call__(self, image: np.ndarray) -> text.Found:
         result = self._engine(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), use_cls=False, use_rec=False)
         corners = [] if result.boxes is None else result.boxes
-        boxes = [text_detection.TextBox(np.float32(c), source="rapidocr") for c in corners]
-        return text_detection.Found(boxes, text_detection.line_mask(boxes, image.shape))
+        found = [text.TextBox(np.float32(c), source="rapidocr") for c in corners]
+        return text.Found(found, boxes.line_mask(found, image.shape))
 
 
 def detectors(threads: int) -> dict:
     """Those that can run here, by the name that the table gives them."""
-    found = {name: text_detection.get_detector(name, threads) for name in ("strokes", "rapidocr")}
+    found = {name: text.get_detector(name, threads) for name in ("strokes", "rapidocr")}
     found["rapidocr, all boxes filled"] = PlainRapidOCR(threads)
-    try:
-        from mura_course.text_worker import KerasOCR
-
-        found["keras-ocr, all boxes filled"] = KerasOCR(download=False)
-    except MuraError as error:
-        print(error)
+    if craft.weights_file().is_file():
+        found["keras-ocr, all boxes filled"] = text.get_detector("keras-ocr")
     return found
 
 
@@ -63,17 +59,17 @@ def main() -> None:
     test = index[index["split"].eq("test")]
     studies = test["study"].drop_duplicates().sample(frac=1, random_state=0)
     rows = test.set_index("study").loc[studies].head(options.films)  # whole studies, as they are rendered
-    films = list(text_scores.known_films(index.attrs["root"], rows["path"].tolist()))
+    films = list(scores.known_films(index.attrs["root"], rows["path"].tolist()))
     table = {}
     for name, detector in detectors(options.threads).items():
-        text_removal.remove_text(films[0].image, detector)  # what is loaded late is loaded now
-        seconds, scores = 0.0, []
+        text.remove_text(films[0].image, detector)  # what is loaded late is loaded now
+        seconds, counted = 0.0, []
         for film in films:
             began = time.perf_counter()
-            clean, found = text_removal.remove_text(film.image, detector)
+            clean, found = text.remove_text(film.image, detector)
             seconds += time.perf_counter() - began
-            scores.append(text_scores.score(film, found, clean))
-        summary = text_scores.summary(pd.DataFrame(scores))
+            counted.append(scores.score(film, found, clean))
+        summary = scores.summary(pd.DataFrame(counted))
         table[name] = summary.apply(lambda r: f"{r.value:.4g} [{r.low:.4g}, {r.high:.4g}]", axis=1).to_dict()
         table[name] |= {"films": str(len(films)), "seconds a film": f"{seconds / len(films):.4f}"}
         print(f"{name}: {seconds / len(films):.3f} s a film")

@@ -181,7 +181,8 @@ def _claim(target: Path, work: Path, order: dict[str, Any]) -> None:
     if not any(disk.workdir(work, "").iterdir()):
         disk.write_json(work / RECORD, order, "")
     remedy = f"Delete or move {work}, or name another folder."
-    if disk.read_json(work / RECORD, remedy) != order:
+    noted = disk.read_json(work / RECORD, remedy)
+    if any(noted.get(key) != value for key, value in order.items()):
         raise TextError(f"{work} was left by a call on other films, or with another detector. {remedy}")
 
 

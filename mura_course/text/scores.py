@@ -151,8 +151,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 # What `summary` divides by what.
 FRACTIONS = {
-    **{f"{name} touched": name for name in ("bone", "film")},
     "text removed": "text",
+    **{f"{name} touched": name for name in ("bone", "film")},
     **{f"{name} found": name for name in KINDS},
     **{f"ssim {when}": "films with text" for when in ("before", "after")},
     **{f"square {when}": "their pixels" for when in ("before", "after")},

@@ -81,7 +81,7 @@ def test_odd_shapes_pass(shape):
 
 @pytest.mark.skipif(cv2.__version__ != "5.0.0", reason="another OpenCV makes other films, and other masks")
 def test_the_masks_change_only_with_the_version():
-    """Data cleaned by another version are other data. Where this fails, raise strokes.VERSION, then mend it."""
+    """Films cleaned by another version are other data. Where this fails, raise strokes.VERSION first."""
     films = [write_on(film(seed=seed), text, (9, 40))[0] for seed, text in enumerate(("L", "R AP", "7/11"))]
     masks = b"".join(np.packbits(STROKES(image).mask).tobytes() for image in films)
     assert (Strokes.versions["strokes"], hashlib.sha256(masks).hexdigest()[:12]) == ("1", "8aa0fabed329")

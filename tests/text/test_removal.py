@@ -158,7 +158,14 @@ def test_a_folder_that_lost_films_is_not_called_finished(tmp_path, clean):
         clean()
 
 
-def test_a_call_goes_on_with_the_films_not_yet_written(dataset, tmp_path, clean):
+def test_a_call_goes_on_with_the_films_not_yet_written(dataset, tmp_path, clean, monkeypatch):
+    replace = Path.replace
+
+    def interrupt(path, target):
+        if path.name == "out.partial":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
     expected = clean(out="expected")
     mend, partial = half(dataset, clean), tmp_path / "out.partial"
     done = {p: p.stat().st_ino for p in partial.rglob("*.png")}
@@ -168,7 +175,10 @@ def test_a_call_goes_on_with_the_films_not_yet_written(dataset, tmp_path, clean)
     with (partial / removal.BOXES).open("a") as table:
         table.write("train/XR_HAND/patient00011/study1_positive/ima")  # a kill cut it short
     (kept[0].parent / ".image9.png.1234.part").write_bytes(b"half")
-    mend()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # as late as can be
+        patch.setattr(Path, "replace", interrupt)
+        mend()
+        clean()
     record = clean()
     assert all((tmp_path / "out" / p.relative_to(partial)).stat().st_ino == done[p] for p in kept)
     ours, theirs = contents(tmp_path / "out"), contents(tmp_path / "expected")

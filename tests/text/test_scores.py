@@ -1,0 +1,96 @@
+"""The measures of text removal: against renderings, by hand, and against scikit-image."""
+
+import json
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from text_films import film, write_on
+
+import mura_demo.dataset
+import mura_demo.studies
+from mura_course.errors import DataError
+from mura_course.paths import cache_dir
+from mura_course.text import Found, scores
+
+
+def test_known_films_are_the_data_sets_own(tmp_path):
+    made = {"recipe": mura_demo.RECIPE, "studies": 60, "seed": 3, "long_side": 160, "text": True}
+    (tmp_path / "manifest.json").write_text(json.dumps(made))
+    study = mura_demo.studies.plan(60, 3)[2]
+    taken = mura_demo.studies.film_study(study, 3, 160, cache_dir() / "bones")
+    stored = {path: (shot, row) for path, shot, row in taken}
+    twins = mura_demo.text_free_twins(tmp_path, list(stored), cache_dir())
+    films = list(scores.known_films(tmp_path, list(stored)))
+    assert [f.path for f in films] == list(stored)
+    for f in films:
+        shot, row = stored[f.path]
+        image, twin = (a if a.ndim == 2 else a[..., 0] for a in (shot.image, twins[f.path]))
+        assert np.array_equal(f.image, image) and np.array_equal(f.twin, twin)
+        assert json.loads(row["text_boxes"]) == [list(t) for t in f.texts] and f.patient == study.patient
+        for _, x0, y0, x1, y1 in f.texts:
+            assert f.text[y0 : y1 + 1, x0 : x1 + 1].any()
+        assert 0.03 < f.bone.mean() < 0.7 and f.twin[f.bone].mean() > f.twin[~f.bone].mean()
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        next(scores.known_films(tmp_path / "other", list(stored)))
+
+
+def known(path, patient, seed):
+    plain = film(80, 60, seed)
+    image, _ = write_on(plain, "L", (4, 20), 0.5, thick=1)
+    bone = np.zeros(plain.shape, bool)
+    bone[:, 20:40] = True
+    return scores.KnownFilm(path, patient, image, plain, bone, [("L", 4, 8, 14, 22)])
+
+
+def test_scores_are_what_they_say():
+    f = known("a", 1, 0)
+    part = f.text & (np.cumsum(f.text).reshape(f.text.shape) % 2 == 0)
+    part[50, 25:30] = part[50, 50:54] = True
+    counts = scores.score(f, Found([], part), np.where(part, f.twin, f.image))
+    assert counts["text removed"] / counts["text"] == pytest.approx(0.5, abs=0.02)
+    assert (counts["bone touched"], counts["film touched"], counts["side letter"]) == (5, 9, 1)
+    assert 0 < counts["square after"] < 0.8 * counts["square before"]
+    perfect = scores.score(f, Found([], f.text), f.twin)
+    assert perfect["ssim after"] == 1 and perfect["square after"] == 0
+    assert perfect["side letter found"] == 1 and perfect["film touched"] == 0
+    nothing = scores.score(f, Found([], np.zeros_like(part)), f.image)
+    assert nothing["side letter found"] == 0 and nothing["square after"] == nothing["square before"]
+
+
+def test_the_summary_adds_up_and_its_interval_is_over_patients():
+    rows = []
+    for number in range(12):
+        f = known(str(number), number // 3, number)
+        mask = f.text if number < 6 else np.zeros_like(f.text)  # patients 0 and 1 right, 2 and 3 wrong
+        rows.append(scores.score(f, Found([], mask), np.where(mask, f.twin, f.image)))
+    counted = pd.DataFrame(rows)
+    table = scores.summary(counted, samples=500)
+    removed = table.loc["text removed"]
+    assert removed["value"] == pytest.approx(counted["text removed"].sum() / counted["text"].sum())
+    assert (removed["low"], removed["high"]) == (0, 1)  # four patients, not twelve films
+    error = counted["square after"].sum() / counted["their pixels"].sum()
+    psnr = table.loc["psnr after"]
+    assert psnr["value"] == pytest.approx(10 * np.log10(255**2 / error)) and psnr["low"] <= psnr["value"]
+    assert table.loc["ssim after", "value"] == pytest.approx(counted["ssim after"].mean())
+    assert "date found" not in table.index and table.loc["side letter found", "n"] == 12
+    shuffled = scores.summary(counted.sample(frac=1, random_state=0), samples=500)
+    pd.testing.assert_frame_equal(table, shuffled)
+
+
+def test_structural_similarity_agrees_with_scikit_images():
+    metrics = pytest.importorskip("skimage.metrics")
+    a = film(seed=1)
+    b = cv2.GaussianBlur(write_on(a, "TEXT")[0], (0, 0), 1.5)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    assert scores.ssim(a, b) == pytest.approx(metrics.structural_similarity(a, b, **options), abs=1e-6)
+    assert scores.ssim(a, a) == 1
+
+
+MARKS = {"L": "side letter", "R AP": "side letter and more", "04/11/2009": "date", "LEFT": "word"}
+
+
+@pytest.mark.parametrize(("text", "kind"), MARKS.items())
+def test_kinds_of_marker(text, kind):
+    assert scores.kind(text) == kind
