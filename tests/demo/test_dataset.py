@@ -1,0 +1,226 @@
+"""The demo data set as it is written: layout, truth, kills, and everything that must not happen to a disk."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+import mura_demo
+from mura_course import cli, data
+from mura_course.paths import cache_dir
+from mura_demo import audit, dataset
+
+STUDIES, SIDE = 60, 64
+ORDER = {"studies": STUDIES, "seed": 1, "long_side": SIDE}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return mura_demo.write_demo(tmp_path_factory.mktemp("demo"), **ORDER, workers=2, cache=cache_dir())
+
+
+@pytest.fixture(scope="module")
+def truth(small):
+    return pd.read_csv(small / "truth.csv", keep_default_na=False)
+
+
+def digests(folder):
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
+
+
+def test_layout_is_muras_and_the_index_reads_it(small, truth):
+    index = data.load_index(small, quiet=True)
+    assert set(truth.path) == set(index.path)
+    assert index.attrs["is_demo"] and index.attrs["name"] == "MURA-demo"
+    label = index.set_index("path").label
+    assert ((truth.finding != "none").astype(int) == truth.path.map(label)).all()
+    seen = truth.assign(study=truth.path.str.rsplit("/", n=1).str[0]).groupby("study")
+    assert (seen.visible.max() == (seen.finding.first() != "none")).all()  # some view shows every finding
+    for row in truth.sample(25, random_state=0).itertuples():
+        image = cv2.imread(str(small / row.path), cv2.IMREAD_UNCHANGED)
+        height, width = image.shape[:2]
+        assert max(height, width) <= SIDE and image.dtype == np.uint8
+        if row.visible:
+            assert 0 <= float(row.box_x0) < float(row.box_x1) <= width
+        for _, x0, y0, x1, y1 in json.loads(row.text_boxes):
+            assert x0 < x1 and y0 < y1
+
+
+def test_manifests_hold_order_recipe_and_checksums_and_the_readme_credits_the_bones(small):
+    manifest = pd.read_csv(small / "manifest.csv").set_index("path")
+    assert manifest.sha256.to_dict() == {p: h for p, h in digests(small).items() if p.endswith(".png")}
+    made, readme = mura_demo.read_manifest(small), (small / "README.txt").read_text()
+    assert all(word in readme for word in ("NOT radiographs", "MyoSim", "Holzbaur", "McFarland"))
+    assert {name: made[name] for name in dataset.ORDER} == ORDER | {"text": True, "recipe": mura_demo.RECIPE}
+
+
+def test_text_free_twin_differs_only_in_the_text(small, truth):
+    path = truth.path[truth.text_boxes != "[]"].iloc[0]
+    twin = mura_demo.text_free_twins(small, [path], cache_dir())[path]
+    image = cv2.imread(str(small / path), cv2.IMREAD_UNCHANGED)
+    differs = (image != twin).reshape(*image.shape[:2], -1).any(-1)
+    assert differs.any()
+    for _, x0, y0, x1, y1 in json.loads(truth.set_index("path").text_boxes[path]):
+        differs[max(y0, 0) : y1 + 1, max(x0, 0) : x1 + 1] = False
+    assert not differs.any()
+
+
+def test_audit_finds_a_planted_shortcut_and_none_without(small):
+    features = audit.frame_features(data.load_index(small, quiet=True))
+    honest = audit.shortcut_table(features, samples=200).loc["all"]
+    assert honest.low < 0.5 < honest.high
+    planted = features.assign(height=features.height + 20 * features.label)
+    assert audit.shortcut_table(planted, samples=200).loc["all", "low"] > 0.6
+
+
+def script(folder, before):
+    """Run a plain script, without `if __name__ == "__main__"`, that renders; what it wrote to stderr."""
+    order = ORDER | {"workers": 2, "cache": str(cache_dir())}
+    call = f"mura_demo.write_demo({str(folder / 'out')!r}, **{order})"
+    (folder / "script.py").write_text(f"import mura_demo\n{before}\n{call}\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(mura_demo.__file__).parents[1])}
+    command = [sys.executable, str(folder / "script.py")]
+    return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300).stderr
+
+
+@pytest.mark.slow
+def test_killed_and_continued_with_other_workers_it_writes_the_same_bytes(small, tmp_path):
+    """The parent alone is killed. The script's stderr ends when its workers, who share it, have ended too."""
+    script(
+        tmp_path,
+        "import os, mura_demo.dataset as d\nreal = d.as_completed\n"
+        "d.as_completed = lambda tasks: next(real(tasks)) and os.kill(os.getpid(), 9)",
+    )
+    partial = tmp_path / "out" / "MURA-demo.partial"
+    damaged, *done = partial.glob("done/*.json")
+    films = [row["path"] for note in done for row in json.loads(note.read_text())["films"]]
+    made = {path: (partial / "MURA-demo" / path).stat().st_mtime_ns for path in films}
+    damaged.write_text("{")  # a study whose note is damaged is not done
+    result = mura_demo.write_demo(tmp_path / "out", **ORDER, workers=1, cache=cache_dir())
+    assert {path: (result / path).stat().st_mtime_ns for path in films} == made
+    assert digests(result) == digests(small)
+    assert {f.name for f in result.parent.iterdir()} == {"MURA-demo", "MURA-demo.lock"}
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_while_workers_write_is_named(tmp_path):
+    """Fault 8: "a worker said: nothing". A limit on the size of files stands for the full disk."""
+    errors = script(tmp_path, "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (1500, 1500))")
+    last = errors.strip().splitlines()[-1]
+    assert f"OSError: {tmp_path / 'out'} cannot be written (File too large" in last and "MURA_CACHE" in last
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("studies", 1_000_000_000, "60 to 100,000, not 1000000000"),
+        ("studies", 5, "60 to 100,000, not 5"),
+        ("long_side", 0, "32 to 2,048, not 0"),
+        ("workers", -1, "1 to 256, not -1"),
+        ("workers", 0, "1 to 256, not 0"),
+        ("seed", -1, "0 to 4,294,967,295, not -1"),
+        ("seed", 1.5, "whole number"),
+        ("seed", "1", "whole number"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_at_once_with_the_range(tmp_path, option, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        mura_demo.write_demo(tmp_path / "out", **(ORDER | {option: value}))
+    assert str(error.value).startswith(f"{option} (--{option.replace('_', '-')})")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_studies_than_find_room_are_refused_with_the_number_that_does(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1_000_000_000})
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(dataset, "plan", lambda *_: pytest.fail("planned before the room was known"))
+    with pytest.raises(OSError, match=r"enough for some 2,863 studies \(--studies\).*MURA_CACHE") as error:
+        mura_demo.write_demo(tmp_path, 100_000, cache=cache_dir())
+    assert str(error.value).startswith(str(tmp_path))
+    assert not (tmp_path / "MURA-demo.partial").exists()
+
+
+THEIRS = {"no order": None, "another": '{"pizza": 2}', "a damaged one": '{"studies": ', "a list": "[1]"}
+
+
+@pytest.mark.parametrize("order", [*THEIRS, "a link"])
+def test_a_foreign_partial_folder_is_never_deleted(tmp_path, order):
+    partial = tmp_path / "MURA-demo.partial"
+    folder = tmp_path / "elsewhere" if order == "a link" else partial
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    if content := THEIRS.get(order, json.dumps(dict.fromkeys(dataset.ORDER, 1))):
+        (folder / "order.json").write_text(content)
+    if order == "a link":
+        partial.symlink_to(folder)
+    with pytest.raises(FileExistsError, match="not the renderer's. Move it away") as error:
+        mura_demo.write_demo(tmp_path, **ORDER, cache=cache_dir())
+    assert str(partial) in str(error.value) and (folder / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "left", [{}, {"order.json": '{"studies": 60, "seed": 7, "long_side": 64, "text": true, "recipe": 1}'}]
+)
+def test_the_renderers_own_partial_folder_of_another_order_gives_way(tmp_path, left):
+    for name, content in left.items():
+        (tmp_path / name).write_text(content)
+        (tmp_path / "done").mkdir()
+        (tmp_path / "done" / "0.json").write_text('{"films": []}')
+    order = ORDER | {"text": True, "recipe": mura_demo.RECIPE}
+    dataset._prepare(tmp_path, order)
+    assert json.loads((tmp_path / "order.json").read_text()) == order
+    assert not list((tmp_path / "done").iterdir())
+
+
+def test_other_data_and_damaged_manifests_are_left_alone_and_named(small, tmp_path):
+    with pytest.raises(FileExistsError, match=r"other data \(seed 1 instead of 2\). Choose another"):
+        mura_demo.write_demo(small.parent, STUDIES, seed=2, long_side=SIDE)
+    (tmp_path / "MURA-demo").mkdir()
+    for content in ("{", "[1]", json.dumps(ORDER | {"text": True, "recipe": 1}), ""):
+        (tmp_path / "MURA-demo" / "manifest.json").write_text(content)
+        with pytest.raises(FileExistsError, match="holds other data"):
+            mura_demo.write_demo(tmp_path, **ORDER)
+        with pytest.raises(ValueError, match="mura-course demo") as error:
+            mura_demo.text_free_twins(tmp_path / "MURA-demo", ["a.png"], cache_dir())
+        assert str(tmp_path / "MURA-demo") in str(error.value)
+    with pytest.raises(ValueError, match="holds no film train/none.png"):
+        mura_demo.text_free_twins(small, ["train/none.png"], cache_dir())
+
+
+@pytest.mark.parametrize("full", ["out", "bones"])
+def test_a_full_disk_is_named_with_the_remedy(tmp_path, monkeypatch, full):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write raises it: without a name
+
+    monkeypatch.setattr(dataset, "_write" if full == "out" else "clouds", no_room)
+    with pytest.raises(OSError, match="No space left on device.*MURA_CACHE") as error:
+        mura_demo.write_demo(tmp_path / "out", **ORDER, cache=tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / full} cannot be written")
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OSError, match="Name the folder|choose another folder") as error:
+            mura_demo.write_demo(out, **ORDER)
+        assert str(error.value).startswith(str(out))
+
+
+def test_command_finds_what_is_there_and_answers_bad_orders_in_one_line(small, tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path), "--seed", "-1"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    order = ["--studies", str(STUDIES), "--long-side", str(SIDE), "--seed", "1"]
+    assert cli.main(["demo", "--out", str(small.parent), *order]) == 0
+    assert str(small) in capsys.readouterr().out
