@@ -1,390 +1,487 @@
-"""A training with Lightning that survives a kill: the PyTorch half's `torch_fit`, `Task` and `predict`.
+"""Training with Lightning: a model, its batches and a `Stage`; whole recipes as runs (room: torch_tools).
 
-Imports torch and Lightning. Writes only below the `workdir` it is given. Loss, metrics and optimiser stand in
-`Task`; chapter 7 writes the same training step out in plain PyTorch. Devices, precision and several machines
-are `lightning.Trainer`'s: each process is given its share of every batch, so that their mean gradient is that
-of one process (the setup chapter shows how).
+Writes below the working folder that it is given; first stages that several recipes share lie below
+``<cache folder>/stages``. Chapter 7 writes the same training step out in plain PyTorch, chapter 8
+trains in stages.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import io
+import json
 import logging
 import pickle
 import time
 import warnings
-from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import lightning
 import numpy as np
 import pandas as pd
-
-# First, for it sees to it that torch's companions load beside TensorFlow.
-from .torch_models import TorchModelError, accelerator, one_of
-
-# isort: split
-import lightning
 import torch
-import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.io import CheckpointIO
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import classification
 from torchmetrics.utilities.data import dim_zero_cat
+from tqdm import tqdm
 
-from . import data, pixels
-from .progress import Line
-from .runs import duration
+from .. import data, disk, paths, runs
+from ..data import features
+from ..errors import TrainingError
+from ..profiles import Profile
+from ..recipes import Recipe, Stage
+from . import models
+from .models import ImageClassifier
 
-TARGETS = {"label": 1, "body_part": len(data.BODY_PARTS), "both": 1 + len(data.BODY_PARTS)}
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without its greetings
+
+PARTS = len(data.BODY_PARTS)
+OUTPUTS = {"label": 1, "body_part": PARTS, "both": 1 + PARTS}
 """What a model can learn -> how many outputs it needs for that; of "both", abnormal comes first."""
-
-
-class Task(lightning.LightningModule):
-    """A model with its loss, metrics and optimiser, as Lightning's Trainer wants them.
-
-    target: "label" (binary cross-entropy; accuracy, AUC, Cohen's kappa), "body_part" (cross-entropy over the
-    seven of `data.BODY_PARTS`; accuracy, macro F1: KN 3.3), or "both" (the sum of both losses; the label's
-    metrics, and the body part's F1). rate: Adam's learning rate, or a list of (module, rate) where parts of
-    the model learn at rates of their own. Batches: (x, y) as of `pixels.Batches.torch`, and what they weigh,
-    where they are a share of a batch. Raises TorchModelError: another target.
-    """
-
-    def __init__(self, model: nn.Module, rate, target: str = "label"):
-        super().__init__()
-        self.model, self.rate, self.target = model, rate, one_of("target", target, TARGETS)
-        self.watched = nn.ModuleDict({stage: task_metrics(target) for stage in ("fitting", "dev")})
-        self.loss_of = nn.ModuleDict({stage: torchmetrics.MeanMetric() for stage in ("fitting", "dev")})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x)
-
-    def loss(self, logits: torch.Tensor, y) -> torch.Tensor:
-        """The batch's mean loss; logits (n, outputs); y as the batches have it."""
-        label, part = _both(y, self.target)
-        loss = logits.new_zeros(())
-        if label is not None:
-            loss = loss + functional.binary_cross_entropy_with_logits(logits[:, 0], label)
-        if part is not None:
-            loss = loss + functional.cross_entropy(logits[:, -len(data.BODY_PARTS) :], part)
-        return loss
-
-    def training_step(self, batch, _) -> torch.Tensor:
-        return self._step(batch, "fitting")
-
-    def validation_step(self, batch, _) -> None:
-        self._step(batch, "dev")
-
-    def _step(self, batch, stage: str) -> torch.Tensor:
-        x, y, *weight = batch
-        logits = self(x)
-        loss, weight = self.loss(logits, y), float(weight[0]) if weight else 1.0
-        if weight > 0:  # else these rows are another process's
-            self.loss_of[stage].update(loss.detach(), len(x))
-            label, part = _both(y, self.target)
-            if label is not None:
-                self.watched[stage]["label"].update(logits[:, 0].detach().sigmoid(), label.int())
-            if part is not None:
-                self.watched[stage]["body_part"].update(logits[:, -len(data.BODY_PARTS) :].detach(), part)
-        return loss * weight
-
-    def on_train_epoch_end(self) -> None:
-        self._log_epoch("fitting", "")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_epoch("dev", "val_")
-
-    def _log_epoch(self, stage: str, prefix: str) -> None:
-        values = {"loss": self.loss_of[stage].compute()}
-        for collection in self.watched[stage].values():
-            values |= {name: value for name, value in collection.compute().items() if name not in values}
-            collection.reset()
-        self.loss_of[stage].reset()
-        self.log_dict({prefix + name: float(value) for name, value in values.items()})
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        if isinstance(self.rate, (int, float)):
-            wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            return torch.optim.Adam(wanted, lr=self.rate)
-        groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in self.rate]
-        return torch.optim.Adam(groups)
-
-
-def _both(y, target: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(label, body part) of a batch's y; None for what the target does not ask for."""
-    if target == "both":
-        return y["label"], y["body_part"]
-    return (y, None) if target == "label" else (None, y)
+MONITORS = {"label": "val_accuracy", "body_part": "val_f1", "both": "val_accuracy"}
+"""What early stopping looks at (KN 4, KN 3.3)."""
 
 
 class BinaryAUROC(classification.BinaryAUROC):
     """TorchMetrics', but undefined (NaN), not 0, where all images are of one class."""
 
     def compute(self) -> torch.Tensor:
-        if dim_zero_cat(self.target).unique().numel() < 2:
-            return torch.tensor(float("nan"))
-        return super().compute()
+        """The area, a scalar."""
+        one_class = dim_zero_cat(self.target).unique().numel() < 2
+        return torch.tensor(float("nan")) if one_class else super().compute()
 
 
 def task_metrics(target: str) -> nn.ModuleDict:
     """What a training watches: as both reports for the label, as KN 3.3 for the body part."""
-    parts = len(data.BODY_PARTS)
-    of_label = {
-        "accuracy": classification.BinaryAccuracy(),
-        "auc": BinaryAUROC(),
-        "kappa": classification.BinaryCohenKappa(),
-    }
-    of_part = {
-        "accuracy": classification.MulticlassAccuracy(parts, average="micro"),
-        "f1": classification.MulticlassF1Score(parts, average="macro"),
-    }
-    chosen = {"label": of_label, "body_part": of_part}
-    return nn.ModuleDict(
-        {
-            name: torchmetrics.MetricCollection(those)
-            for name, those in chosen.items()
-            if target in (name, "both")
-        }
-    )
+    label = {"accuracy": classification.BinaryAccuracy(), "auc": BinaryAUROC()}
+    label["kappa"] = classification.BinaryCohenKappa()
+    part: dict[str, nn.Module] = {"f1": classification.MulticlassF1Score(PARTS, average="macro")}
+    if target == "body_part":  # of both, accuracy is the label's
+        part["accuracy"] = classification.MulticlassAccuracy(PARTS, average="micro")
+    return nn.ModuleDict({"label": nn.ModuleDict(label), "body_part": nn.ModuleDict(part)})
 
 
-def predict(model: nn.Module, batches, target: str = "label") -> pd.DataFrame:
-    """The rows of the index behind the batches, in their order, with what the model says of each.
+def parameter_groups(model: Any, learning_rate: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Adam's groups: the head learns at `learning_rate`, each block below at that of the block above x decay.
 
-    batches: `pixels.Batches`, or `feature_store.FeatureBatches` for a head. target "label": a column
-    `probability` of abnormal, float64 in [0, 1]. "body_part": a column for each of `data.BODY_PARTS` with its
-    probability. "both": these and `probability`. Runs on the GPU where there is one, and leaves the model on
-    the processor. Raises TorchModelError: another target; DataError where the batches deliver another scale
-    than the model expects.
+    The stem, before the first block, learns at the first block's rate times `layer_decay`. With a decay of 1
+    there is one group, and the model need not be an `ImageClassifier`.
     """
-    one_of("target", target, TARGETS)
-    _check_scale(model, batches)
-    rows, was_training = batches.index.iloc[batches.order], model.training
-    model.eval().to(accelerator())
-    with torch.inference_mode():
-        logits = torch.cat([model(x.to(accelerator())).float().cpu() for x, _ in batches.torch()])
-    model.train(was_training).cpu()
-    if target != "label":
-        shares = logits[:, -len(data.BODY_PARTS) :].double().softmax(dim=1).numpy()
-        rows = rows.assign(**pd.DataFrame(shares, rows.index, list(data.BODY_PARTS)))
-    if target != "body_part":
-        rows = rows.assign(probability=logits[:, 0].double().sigmoid().numpy())
-    return rows
+    if layer_decay == 1:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": learning_rate}]
+    blocks = models.BACKBONES[model.name].blocks
+    stem = nn.ModuleList(module for name, module in model.backbone.named_children() if name not in blocks)
+    parts = [model.head, *(getattr(model.backbone, name) for name in reversed(blocks)), stem]
+    return [
+        {"params": list(p.parameters()), "lr": learning_rate * layer_decay**i} for i, p in enumerate(parts)
+    ]
 
 
-def _check_scale(model: nn.Module, batches) -> None:
-    if getattr(model, "expected_scale", None) is not None:
-        pixels.check_scale(model.expected_scale, batches)
+class Task(lightning.LightningModule):
+    """A model and a stage as Lightning's Trainer wants them: loss, metrics and optimiser.
+
+    The label's loss is binary cross-entropy, the body part's cross-entropy; of both, the sum.
+
+    Parameters
+    ----------
+    model : nn.Module
+        x -> logits (n, outputs), as many as `OUTPUTS` says for the stage's target.
+    stage : Stage
+        Its target, learning rate and layer decay.
+    """
+
+    def __init__(self, model: nn.Module, stage: Stage) -> None:
+        super().__init__()
+        self.model, self.stage = model, stage
+        self.watched = nn.ModuleDict({name: task_metrics(stage.target) for name in ("fitting", "dev")})
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        """The loss of a training batch."""
+        return self._step(batch, self.watched["fitting"], "")
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        """Watch a dev batch."""
+        self._step(batch, self.watched["dev"], "val_")
+
+    def _step(self, batch: Any, watched: Any, prefix: str) -> torch.Tensor:
+        """The loss of a batch; loss and metrics are logged by epoch."""
+        x, y = batch
+        y = y if isinstance(y, dict) else {self.stage.target: y}
+        logits, losses = self.model(x), []
+        options: Any = {"on_step": False, "on_epoch": True, "batch_size": len(x)}
+        for target, truth in y.items():
+            if target == "label":
+                said = logits[:, 0]
+                losses.append(functional.binary_cross_entropy_with_logits(said, truth))
+                said = said.float().sigmoid()
+            else:
+                said = logits[:, -PARTS:]
+                losses.append(functional.cross_entropy(said, truth))
+            for name, metric in watched[target].items():
+                metric.update(said.detach(), truth.long())
+                self.log(prefix + name, metric, **options)
+        loss = torch.stack(losses).sum()
+        self.log(f"{prefix}loss", loss.detach(), sync_dist=True, **options)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, with a learning rate for each block where the stage has a layer decay."""
+        return torch.optim.Adam(
+            parameter_groups(self.model, self.stage.learning_rate, self.stage.layer_decay)
+        )
+
+
+# What survives a kill ---------------------------------------------------------------------------
+
+
+class Checkpoints(CheckpointIO):
+    """Lightning's checkpoints: whole, headed by their SHA-256, and never unpickled."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        with disk.atomic(Path(path)) as beside:
+            beside.write_bytes(hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: Any = True
+    ) -> dict[str, Any]:
+        """The checkpoint at `path`; errors as `read`."""
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete the checkpoint at `path`."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read(file: Path, task: Task | None = None) -> dict[str, Any]:
+    """The checkpoint in `file`, with which `task` is filled.
+
+    TrainingError where it was changed, holds more than numbers and text, or is of another model.
+    """
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            raise OSError("its content has changed since it was written")
+        checkpoint = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+        if task is not None:
+            task.load_state_dict(checkpoint["state_dict"])
+        return checkpoint
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "more than plain values" if unsafe else " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"{file} is damaged or was left by another model ({reason}). Delete {file.parent} to train again."
+        ) from error
+
+
+class History(Callback):
+    """A row an epoch, kept in the checkpoints; the progress line; tells the batches which epoch it is."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.line = tqdm(disable=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.rows = state_dict["rows"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin the progress line."""
+        batches = int(trainer.num_training_batches)
+        shown = {"desc": "Training", "unit": "batch", "leave": False, "disable": not trainer.is_global_zero}
+        self.line = tqdm(total=trainer.max_epochs * batches, initial=len(self.rows) * batches, **shown)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Order and augmentation depend on the epoch alone."""
+        trainer.train_dataloader.set_epoch(trainer.current_epoch)
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """One step more."""
+        self.line.update()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the row; TrainingError where the loss is not a number."""
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        rate, epoch = trainer.optimizers[0].param_groups[0]["lr"], len(self.rows) + 1
+        if not np.isfinite(scores["loss"]):
+            raise TrainingError(
+                f"The loss became {scores['loss']} in epoch {epoch}. Lower the learning rate, now {rate:g}, "
+                "or look for inputs that are not numbers."
+            )
+        seconds = round(time.perf_counter() - self.began, 3)
+        self.rows.append({"epoch": epoch} | scores | {"learning_rate": rate, "seconds": seconds})
+        self.line.set_postfix({name: f"{v:.3f}" for name, v in scores.items() if name.endswith("loss")})
+
+    def on_fit_end(self, *_: Any) -> None:
+        """End the progress line."""
+        self.line.close()
+
+    on_exception = on_fit_end
 
 
 # Training ---------------------------------------------------------------------------------------
 
+DEFAULTS = {"devices": 1, "logger": False, "num_sanity_val_steps": 0}
+DEFAULTS |= {"enable_progress_bar": False, "enable_model_summary": False}
 
-def torch_fit(
-    task: Task,
-    train,
-    dev,
-    epochs: int,
+
+def fit(
+    model: nn.Module,
+    train: data.Batches,
+    dev: data.Batches | None,
+    stage: Stage,
     workdir: str | Path,
-    monitor: str | None = "val_accuracy",
-    patience: int = 4,
-    **trainer_options,
+    **trainer_options: Any,
 ) -> pd.DataFrame:
-    """Lightning's Trainer on `Batches`, with early stopping, resuming after a kill: the history by epoch.
+    """Train `model` by Lightning's Trainer as `stage` says, with early stopping; goes on after a kill.
 
-    train, dev: `pixels.Batches`, or `feature_store.FeatureBatches` for a head. monitor, patience: early
-    stopping on the highest of this metric (KN 4: accuracy on dev, patience 4); at the end the model has the
-    weights of its epoch. None: trained to the end, as it then is; dev may be None, too. workdir: after every
-    epoch Lightning keeps all state there; the next call with the same workdir goes on after the last finished
-    epoch. trainer_options: of `lightning.Trainer`, e.g. devices, num_nodes, strategy, precision; by default
-    one device.
+    Parameters
+    ----------
+    model : nn.Module
+        On pixels an `ImageClassifier`; on features (`data.features.extract`) its head. At the end it has the
+        weights of the best epoch on dev, or, without patience, of the last one.
+    train, dev : Batches
+        Their target is the stage's; "both" is ("label", "body_part"). Early stopping needs dev.
+    stage : Stage
+        Its head and whether it is frozen are the model's matter; all else counts here.
+    workdir : path
+        Where the state is kept after every epoch; the next call with the same folder goes on from there.
+    **trainer_options
+        Of `lightning.Trainer`, e.g. ``devices=2, strategy="ddp_notebook"`` ("ddp_spawn" in a script). Each
+        device then takes other batches, so that one step is made of as many batches as there are devices.
 
-    Returns columns `epoch` (from 1), the metrics, these with `val_` on dev, `learning_rate`, `seconds`.
-    Raises TorchModelError: a loss that is not a number, a workdir of another model; DataError: the scale.
+    Returns
+    -------
+    DataFrame
+        `epoch` from 1, `loss`, the metrics, the same with ``val_`` on dev, `learning_rate` (the head's),
+        `seconds`.
+
+    Raises
+    ------
+    TrainingError
+        A loss that is not a number; a damaged checkpoint, or one of another model.
+    DiskError
+        No room or no permission to write.
+    DataError
+        The batches have another scale than the model expects.
     """
-    sets = [train] if dev is None else [train, dev]
-    for batches in sets:
-        _check_scale(task.model, batches)
-    stopping = [EarlyStopping(monitor, mode="max", patience=patience)] if monitor else []
-    keeper = _Keeper(Path(workdir), monitor, epochs)
-    state, file = keeper.newest()
-    if state is not None and not keeper.fits(task, file):
-        raise TorchModelError(
-            f"{file} was left by another model. What changes the result belongs into the run's config; to "
-            f"start afresh, delete {workdir}."
-        )
-    if state is None or not (state["stopped"] or len(state["rows"]) >= epochs):
-        if state is not None:
-            print(f"Resumed after epoch {len(state['rows'])}.")
-        with _quiet():
-            trainer = lightning.Trainer(
-                max_epochs=epochs,
-                callbacks=[*stopping, keeper],
-                logger=CSVLogger(workdir, name="log"),
-                **DEFAULTS | trainer_options,
+    expected: Any = getattr(model, "expected_scale", None)  # a head on features has none
+    sets = [batches for batches in (train, dev) if batches is not None]
+    for batches in sets if expected else ():
+        data.check_scale(expected, batches)
+    task, epochs, folder = (
+        Task(model, stage),
+        stage.epochs or -(-(stage.steps or 0) // len(train)),
+        Path(workdir),
+    )
+    last, history, done = folder / "last.ckpt", History(), 0
+    if last.exists():
+        states = read(last, task)["callbacks"]
+        stopped = any(state.get("stopped_epoch") for state in states.values())
+        done = epochs if stopped else len(states[history.state_key]["rows"])
+        print(f"Resumed after epoch {done}." if done < epochs else "Trained earlier.")
+    if done < epochs:
+        always: Any = {
+            "dirpath": str(folder),
+            "enable_version_counter": False,
+            "save_on_train_epoch_end": True,
+        }
+        callbacks: list[Callback] = [history]
+        if stage.patience is not None:
+            watch: Any = {"monitor": MONITORS[stage.target], "mode": "max"}
+            callbacks.append(EarlyStopping(**watch, patience=stage.patience))
+            callbacks.append(ModelCheckpoint(filename="best", **watch, **always))
+        callbacks.append(ModelCheckpoint(filename="last", **always))
+        own = {"max_epochs": epochs, "callbacks": callbacks, "plugins": [Checkpoints()]}
+        with warnings.catch_warnings():  # advice about loaders that does not apply to ours
+            warnings.simplefilter("ignore")
+            trainer = lightning.Trainer(**own | DEFAULTS | trainer_options)
+            trainer.fit(
+                task,
+                *(batches.torch() for batches in sets),
+                ckpt_path=last if done else None,
+                weights_only=True,
             )
-            loaders = [_Shares(batches, trainer).loader() for batches in sets]
-            trainer.fit(task, *loaders, ckpt_path=file, weights_only=False)
-    else:  # killed after its last epoch, or a first stage that another run has trained, too
-        print(f"Nothing left to train here: {len(state['rows'])} epochs were finished earlier.")
-        keeper.rows = state["rows"]
-    keeper.put_back_best(task)
-    return pd.DataFrame(keeper.rows)
+    rows = read(last, task)["callbacks"][history.state_key]["rows"]
+    if stage.patience is not None:
+        read(folder / "best.ckpt", task)
+    return pd.DataFrame(rows)
 
 
-# Batches bring their own threads; a frozen backbone is in eval mode; every process logs the same numbers.
-_EXPECTED = (
-    ".*many workers.*",
-    ".*__len__. defined.*",
-    ".*number of training batches.*",
-    ".*eval mode at the start.*",
-    ".*sync_dist.*",
-    ".*no .val_dataloader.*",
-    ".*exists and is not empty.*",
-    ".*treespec, LeafSpec.*",
-)
+def predict(model: nn.Module, batches: data.Batches) -> pd.DataFrame:
+    """Ask a model about images (or a head about features).
 
-DEFAULTS = {
-    "devices": 1,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,  # Batches bring their own order, `_Shares` divides it
-}
+    Parameters
+    ----------
+    model : nn.Module
+        Runs on the GPU where there is one, and is left on the processor.
+    batches : Batches
 
+    Returns
+    -------
+    DataFrame
+        The rows of `batches.index` in their order. Where the model has 1 output, `probability` of abnormal,
+        float64 in [0, 1]; where it has 7, a column with the probability of each of `data.BODY_PARTS`; where
+        it has 8, all of these.
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's greetings, and its advice that does not apply."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for text in _EXPECTED:
-                warnings.filterwarnings("ignore", text)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-class _Shares(IterableDataset):
-    """Of every batch the rows of one process, every n-th, and what their mean weighs in that of all.
-
-    Of a last batch with fewer images than processes, some get an image of another's, which weighs nothing.
+    Raises
+    ------
+    DataError
+        The batches have another scale than the model expects.
     """
-
-    def __init__(self, batches, trainer: lightning.Trainer):
-        self.batches, self.trainer = batches.torch().batches, trainer
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator:
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        for x, y in self.batches:
-            rows = slice(rank, None, world) if rank < len(x) else slice(0, 1)
-            share = {name: values[rows] for name, values in y.items()} if isinstance(y, dict) else y[rows]
-            mine = len(range(rank, len(x), world))
-            yield x[rows], share, np.float32(mine * world / len(x))
-
-    def loader(self) -> DataLoader:
-        return DataLoader(self, batch_size=None)
+    expected: Any = getattr(model, "expected_scale", None)
+    if expected:
+        data.check_scale(expected, batches)
+    rows, device, was_training = batches.index.iloc[batches.order], models.accelerator(), model.training
+    model.eval().to(device)
+    with torch.inference_mode():
+        logits = torch.cat([model(x.to(device)).cpu() for x, _ in batches.torch()]).double()
+    model.train(was_training).cpu()
+    if logits.shape[1] > 1:
+        said = logits[:, -PARTS:].softmax(dim=1).numpy()
+        rows = rows.assign(**dict(zip(data.BODY_PARTS, said.T, strict=True)))
+    return rows if logits.shape[1] == PARTS else rows.assign(probability=logits[:, 0].sigmoid().numpy())
 
 
-class _Keeper(ModelCheckpoint):
-    """Keeps all state after each epoch: ``last.ckpt``, the best epoch's ``best.ckpt``; and the history.
+# Recipes ----------------------------------------------------------------------------------------
 
-    Before each epoch it says to the training set which one it is: order and augmentation hang on that alone.
+
+def images_of(recipe: Recipe, split: pd.DataFrame, stage: Stage | None = None) -> pd.DataFrame:
+    """The rows of `split` that a recipe, or one of its stages, learns from and is tested on.
+
+    TrainingError where nothing can be learned: one class only in train, or no dev image to stop by.
     """
-
-    def __init__(self, workdir: Path, monitor: str | None, epochs: int):
-        kept = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-        super().__init__(workdir, "best", monitor=monitor, mode="max", **kept)
-        self.workdir, self.epochs = workdir, epochs
-        self.rows, self.stopped, self.since = [], False, 0.0
-
-    def on_fit_start(self, trainer, module) -> None:
-        self.line, self.start = Line(show=trainer.is_global_zero), time.perf_counter()
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        trainer.train_dataloader.dataset.batches.set_epoch(trainer.current_epoch)
-        self.since = time.perf_counter()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_number) -> None:
-        self.line.passing(f"Epoch {len(self.rows) + 1}/{self.epochs}, batch {batch_number + 1}")
-
-    def on_train_epoch_end(self, trainer, module) -> None:
-        # Lightning calls this after the module's own, which logs, and after EarlyStopping's.
-        row = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if not np.isfinite(row["loss"]):
-            raise TorchModelError(
-                f"The loss became {row['loss']} in epoch {len(self.rows) + 1}. Lower the learning rate, now "
-                f"{_rate(trainer):g}, and look for inputs that are not numbers. A changed config starts a "
-                "new run."
-            )
-        seconds = round(time.perf_counter() - self.since, 3)
-        self.rows.append(
-            {"epoch": len(self.rows) + 1} | row | {"learning_rate": _rate(trainer), "seconds": seconds}
-        )
-        self.stopped = trainer.should_stop
-        shown = [name for name in ("loss", "val_loss", self.monitor) if name in row]
-        scores = ", ".join(f"{name} {row[name]:.3f}" for name in shown)
-        self.line.lasting(f"Epoch {len(self.rows)}/{self.epochs}, {scores}")
-        super().on_train_epoch_end(trainer, module)
-        # Its own `save_last` would save only in epochs that are the best so far.
-        trainer.save_checkpoint(self.workdir / "last.ckpt")
-
-    def on_fit_end(self, trainer, module) -> None:
-        taken = duration(time.perf_counter() - self.start)
-        self.line.end(f"Trained {len(self.rows)} of {self.epochs} epochs in {taken}")
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"rows": self.rows, "stopped": self.stopped}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rows, self.stopped = list(state["rows"]), state["stopped"]
-        super().load_state_dict(state)
-
-    def newest(self) -> tuple[dict | None, Path | None]:
-        """This callback's state, and its file: of the last finished epoch, else of the best one."""
-        for file in (self.workdir / "last.ckpt", self.workdir / "best.ckpt"):
-            if not file.exists():
-                continue
-            try:
-                state = _read(file)["callbacks"][self.state_key]
-            except _DAMAGE as error:
-                print(f"{file} is damaged ({error}): going back to an epoch before it.")
-                file.unlink(missing_ok=True)
-                continue
-            return state, file
-        return None, None
-
-    def fits(self, task: Task, file: Path) -> bool:
-        stored = {name: value.shape for name, value in _read(file)["state_dict"].items()}
-        return stored == {name: value.shape for name, value in task.state_dict().items()}
-
-    def put_back_best(self, task: Task) -> None:
-        file = self.workdir / "best.ckpt"
-        try:
-            task.load_state_dict(_read(file)["state_dict"])
-        except (*_DAMAGE, FileNotFoundError) as error:
-            raise TorchModelError(
-                f"{file}, with the weights of the best epoch, is missing or damaged ({error}). Delete "
-                f"{self.workdir} to train again."
-            ) from error
+    fraction = recipe.fraction if stage is None or stage.fraction is None else stage.fraction
+    films: Any = data.sample_patients(split, fraction)
+    films = films[films["body_part"].isin(recipe.parts or data.BODY_PARTS)]
+    train, dev = (films[films["split"].eq(name)] for name in ("train", "dev"))
+    which, remedy = " and ".join(recipe.parts or ["the index"]), "Take more patients, or another split."
+    if (classes := train["label"].nunique()) < 2:
+        raise TrainingError(f"In train, {which} has {len(train)} images of {classes} class. {remedy}")
+    if dev.empty and any(one.patience is not None for one in recipe.stages):
+        raise TrainingError(f"In dev, {which} has no image to stop by. {remedy} Or set patience=None.")
+    return films
 
 
-_DAMAGE = (EOFError, OSError, RuntimeError, KeyError, pickle.UnpicklingError)
+def batches_of(
+    recipe: Recipe, films: pd.DataFrame, store: data.PixelStore, target: str = "label", workers: int = 2
+) -> dict[str, data.Batches]:
+    """The recipe's batches of these images by split: "train", "dev" and "test", where there are any."""
+    options: Any = {
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "workers": workers,
+        "layout": "nchw",
+    }
+    options |= {"scale": models.BACKBONES[recipe.backbone].scale}
+    options |= {"target": ("label", "body_part") if target == "both" else target}
+    fitting = {"shuffle": True, "augment": data.AUGMENTS[recipe.augment]}
+    return {
+        str(name): data.Batches(store, rows, **options | (fitting if name == "train" else {}))
+        for name, rows in films.groupby("split", sort=False)
+    }
 
 
-def _read(file: Path) -> dict:
-    # Not weights only: a callback's state holds paths. The file is one that this machine has written.
-    return torch.load(file, map_location="cpu", weights_only=False)
+def build(recipe: Recipe, weights: str) -> ImageClassifier:
+    """The model of a recipe before its first stage; `weights` and errors as `models.backbone`."""
+    if recipe.dropout or any(stage.plateau for stage in recipe.stages):
+        raise TrainingError("The PyTorch half has neither dropout nor a plateau: they are Keras's half's.")
+    first = recipe.stages[0]
+    torch.manual_seed(recipe.seed)
+    module = models.backbone(recipe.backbone, weights)
+    torch.manual_seed(recipe.seed)  # a head does not depend on how the backbone was filled
+    return ImageClassifier(recipe.backbone, module, first.head or (), OUTPUTS[first.target], first.frozen)
 
 
-def _rate(trainer: lightning.Trainer) -> float:
-    """The learning rate of the last group, which is the head's."""
-    return float(trainer.optimizers[0].param_groups[-1]["lr"])
+def train_stages(
+    recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str, workdir: Path, **trainer_options: Any
+) -> tuple[ImageClassifier, pd.DataFrame, pd.DataFrame]:
+    """Train a recipe's stages one after the other: (model, history, predictions on test)."""
+    store = data.PixelStore.open_or_build(split, recipe.size, profile.workers)
+    model, histories, sets = build(recipe, weights), [], {}
+    for number, stage in enumerate(recipe.stages, start=1):
+        torch.manual_seed(recipe.seed)
+        if stage.head is not None:
+            model.put_head(stage.head, OUTPUTS[stage.target])
+        model.freeze(stage.frozen)
+        films = images_of(recipe, split, stage)
+        sets = batches_of(recipe, films, store, stage.target, profile.workers)
+        learner, train, dev = model, sets["train"], sets.get("dev")
+        if stage.frozen:  # features once, then the head alone
+            extractor = models.TorchExtractor(recipe.backbone, model.backbone)
+            learner, train = model.head, features.extract(extractor, train, stage.views)
+            dev = features.extract(extractor, dev) if dev else None
+        folder = _folder(recipe, number, films, weights, workdir)
+        history = fit(learner, train, dev, stage, folder, **trainer_options)
+        histories.append(history.assign(stage=number))
+    history = pd.concat(histories, ignore_index=True)
+    history["epoch"] = range(1, len(history) + 1)
+    return model, history, predict(model, sets["test"])
+
+
+def _folder(recipe: Recipe, number: int, films: pd.DataFrame, weights: str, workdir: Path) -> Path:
+    """Where a stage is trained: the last in `workdir`, others where recipes that begin alike find them."""
+    if number == len(recipe.stages):
+        return workdir
+    begun = recipe.config() | {"stages": [asdict(stage) for stage in recipe.stages[:number]]}
+    key = json.dumps([begun, weights, data.fingerprint(films), torch.__version__], sort_keys=True)
+    return disk.workdir(paths.cache_dir() / "stages" / hashlib.sha256(key.encode()).hexdigest()[:16])
+
+
+def train(
+    name: str,
+    recipe: Recipe,
+    split: pd.DataFrame,
+    profile: Profile,
+    weights: str | None = None,
+    root: str | Path | None = None,
+    **trainer_options: Any,
+) -> runs.Run:
+    """The finished run of this recipe on these data: found, or trained now, stage by stage.
+
+    Parameters
+    ----------
+    name : str
+        Of the run.
+    recipe : Recipe
+        Heads on frozen backbones are trained on features that are computed once, whole networks on pixels.
+    split : DataFrame
+        As `data.split_dev` returns it.
+    profile : Profile
+        Threads, precision, and the run's place.
+    weights : {"imagenet", "random"}, optional
+        By default what `models.find_weights` says.
+    root : path, optional
+        As in `runs.fit_or_load`.
+    **trainer_options
+        As in `fit`.
+
+    Returns
+    -------
+    Run
+        Its history has a row an epoch of all stages, and the column `stage` (from 1). Its predictions are of
+        the test images; where the last stage learns both targets, they have a column for each body part, too.
+
+    Raises
+    ------
+    TrainingError
+        As `fit` and `images_of`.
+    """
+    start = weights or models.find_weights(recipe.backbone, profile)
+    half = profile.mixed_precision and torch.cuda.is_available()
+    options = {"precision": "16-mixed" if half else "32-true"} | trainer_options
+    make = partial(train_stages, recipe, split, profile, start, **options)
+    return runs.fit_or_load(name, recipe.config(), make, split, profile, start, root)
