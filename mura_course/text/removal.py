@@ -158,6 +158,7 @@ def clean_dataset(
             record = order | {"films": len(paths)} | _complete(root, work)
             disk.write_json(work / RECORD, record, "")
             work.replace(target)
+            target.with_name(f"{target.name}.lock").unlink(missing_ok=True)  # who waits for it finds `target`
     except BrokenProcessPool as error:
         raise TextError(craft.ENDED) from error
     finally:

@@ -77,20 +77,14 @@ def known_films(root: str | Path, paths: list[str]) -> Iterator[KnownFilm]:
         raise DataError(str(error)) from error
     planned = {study.folder: study for study in studies.plan(made["studies"], made["seed"])}
     for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
-        for film in _film_study(planned[folder], made["seed"], made["long_side"]):
-            if film.path in paths:
-                yield film
-
-
-def _film_study(study: studies.Study, seed: int, long_side: int) -> Iterator[KnownFilm]:
-    """As `studies.film_study`, which does not hand out the bones; a test holds them together."""
-    scene, settings, _ = studies.set_up(study, seed, long_side, cache_dir() / "bones")
-    for i, setting in enumerate(settings, start=1):
-        film = films.take(scene, setting, steps=(steps := {}))
-        image = film.image if film.image.ndim == 2 else film.image[..., 0]
-        bone = (films.shutters(setting)[0] > 0.5) & (steps["bone"] > BONE)
-        path = f"{study.folder}/image{i}.png"
-        yield KnownFilm(path, study.patient, image, steps["plain"], bone, film.text_boxes)
+        study, bones = planned[folder], cache_dir() / "bones"
+        scene, settings, _ = studies.set_up(study, made["seed"], made["long_side"], bones)
+        for i, setting in enumerate(settings, start=1):
+            if (path := f"{folder}/image{i}.png") in paths:
+                film = films.take(scene, setting, steps=(steps := {}))
+                image = film.image if film.image.ndim == 2 else film.image[..., 0]
+                bone = (films.shutters(setting)[0] > 0.5) & (steps["bone"] > BONE)
+                yield KnownFilm(path, study.patient, image, steps["plain"], bone, film.text_boxes)
 
 
 def kind(text: str) -> str:

@@ -50,11 +50,9 @@ def dataset(mura_folder):
 
 @pytest.fixture
 def clean(dataset, tmp_path, monkeypatch):
-    """``clean(detector)`` cleans it into tmp_path/out, in this process."""
+    """``clean(name, out)`` cleans it into tmp_path/out, in this process."""
     monkeypatch.setattr(craft, "processes", ThreadPoolExecutor)
-    yield lambda detector="strokes", out="out": clean_dataset(
-        dataset, tmp_path / out, detector, workers=1, progress=False
-    )
+    yield lambda name="strokes", out="out": clean_dataset(dataset, tmp_path / out, name, 1, progress=False)
     removal._one_thread.cache_clear()
     cv2.setNumThreads(-1)
 
@@ -92,17 +90,11 @@ def test_a_data_set_is_cleaned_into_a_new_folder(dataset, tmp_path, clean):
         old, new = (cv2.imread(str(root / path), cv2.IMREAD_ANYCOLOR) for root in (dataset, out))
         assert old.shape == new.shape and new[10:32, 10:28].max() < 128
         assert ((out / path).read_bytes() == before[path]) == (number % 2 == 1), path
-    assert {p.name for p in out.iterdir()} - {p.name for p in dataset.iterdir()} == {
-        removal.RECORD,
-        removal.BOXES,
-    }
-    assert not list(tmp_path.glob("*.partial"))
-    # The record and the boxes.
+    added = {p.name for p in out.iterdir()} - {p.name for p in dataset.iterdir()}
+    assert added == {removal.RECORD, removal.BOXES} and {*tmp_path.iterdir()} == {dataset, out}
     stored, boxes = json.loads((out / removal.RECORD).read_text()), pd.read_csv(out / removal.BOXES)
-    assert stored == record and (record["detector"], record["versions"]) == (
-        "strokes",
-        strokes.Strokes.versions,
-    )
+    assert stored == record and record["detector"] == "strokes"
+    assert record["versions"] == strokes.Strokes.versions
     assert (record["films"], record["films_with_text"], record["boxes"]) == (13, 7, len(boxes))
     assert record["fingerprint"] == data.fingerprint(original)
     assert boxes["source"].eq("strokes").all() and boxes["text"].isna().all()
@@ -116,9 +108,8 @@ def test_outputs_of_two_versions_of_a_detector_are_other_data(dataset, tmp_path,
     removal._one_thread.cache_clear()
     clean(out="b")
     films = [{k: v for k, v in contents(tmp_path / n).items() if k.endswith("png")} for n in ("a", "b")]
-    marks = {
-        data.fingerprint(data.load_index(f, quiet=True)) for f in (dataset, tmp_path / "a", tmp_path / "b")
-    }
+    folders = (dataset, tmp_path / "a", tmp_path / "b")
+    marks = {data.fingerprint(data.load_index(folder, quiet=True)) for folder in folders}
     assert films[0] == films[1] and len(marks) == 3
 
 
@@ -241,14 +232,13 @@ def test_a_full_disk_and_a_forbidden_place_are_named(tmp_path, clean, monkeypatc
     assert clean()["films"] == 13  # room was made
 
 
-def test_processes_that_die_are_told_with_a_remedy(tmp_path, monkeypatch, dataset):
-    class Dying(ThreadPoolExecutor):
-        def submit(self, *work):
-            raise removal.BrokenProcessPool("abruptly")
+def test_a_process_that_dies_is_told_with_a_remedy(clean, monkeypatch):
+    def dies(name):
+        raise removal.BrokenProcessPool("abruptly")
 
-    monkeypatch.setattr(craft, "processes", Dying)
+    monkeypatch.setattr(removal, "_versions", dies)
     with pytest.raises(TextError, match=r"(?s)process has ended.*__main__"):
-        clean_dataset(dataset, tmp_path / "out", "strokes", progress=False)
+        clean()
 
 
 @pytest.mark.slow
