@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import ConvexHull
 
-from mura_demo import anatomy, audit, bones, film, findings, projection, skeleton, studies
+from mura_demo import anatomy, audit, bones, film, findings, projection, studies
 
 
 @cache
@@ -34,21 +35,8 @@ def fresh(scene):
     return anatomy.Scene(scene.part, scene.patient, scene.side, scene.digit, dict(scene.bones))
 
 
-def wrist_settings(view="AP", seed=0, long_side=96):
-    return projection.Settings.sample("WRIST", 2, view, long_side, np.random.default_rng(seed))
-
-
-@given(st.tuples(*[st.floats(-1, 1)] * 3).filter(lambda a: np.linalg.norm(a) > 0.1), st.floats(-3, 3))
-def test_rotation_is_right_handed_and_agrees_with_scipy(axis, angle):
-    from scipy.spatial.transform import Rotation
-
-    expected = Rotation.from_rotvec(np.array(axis) / np.linalg.norm(axis) * angle).as_matrix()
-    assert np.allclose(skeleton.rotation_about(axis, angle), expected, atol=1e-9)
-
-
-def test_unknown_joint_is_named():
-    with pytest.raises(KeyError, match="knee"):
-        skeleton.skeleton().pose({"knee": 1.0})
+def wrist_settings(seed=0, long_side=96):
+    return projection.Settings.sample("WRIST", 2, "AP", long_side, np.random.default_rng(seed))
 
 
 def test_broken_mesh_file_is_named(tmp_path):
@@ -60,24 +48,11 @@ def test_broken_mesh_file_is_named(tmp_path):
 @pytest.mark.parametrize("holes", [0, 40])
 def test_a_sphere_with_holes_is_filled_to_its_volume(holes):
     rng = np.random.default_rng(0)
-    t, p = np.meshgrid(np.linspace(0, np.pi, 25), np.linspace(0, 2 * np.pi, 49), indexing="ij")
-    grid = 20 * np.stack([np.sin(t) * np.cos(p), np.cos(t), np.sin(t) * np.sin(p)], -1)
-    a, b, c, d = grid[:-1, :-1], grid[1:, :-1], grid[1:, 1:], grid[:-1, 1:]
-    mesh = np.concatenate(
-        [np.stack([a, b, c], 2).reshape(-1, 3, 3), np.stack([a, c, d], 2).reshape(-1, 3, 3)]
-    )
-    mesh = mesh[rng.permutation(len(mesh))[holes:]]
+    points = rng.standard_normal((700, 3))
+    points *= 20 / np.linalg.norm(points, axis=1, keepdims=True)
+    mesh = points[ConvexHull(points).simplices][holes:]
     inside, _ = bones.solidify(mesh, 1.0, "capitate", anatomy.ALL, rng)
     assert inside.sum() == pytest.approx(4 / 3 * np.pi * 20**3, rel=0.16)  # half a voxel proud by design
-
-
-def test_humerus_has_a_thick_cortex_and_an_empty_canal():
-    cloud = bones.build_cloud("humerus", 1.5, anatomy.ALL)
-    density = cloud.mass / cloud.pitch**3
-    middle = np.abs(cloud.points[:, 1] + 150) < 30
-    assert density[middle & (cloud.depth < 1.5)].mean() > 0.8
-    assert density[middle & (cloud.depth > 7)].mean() < 0.25
-    assert 100e3 < len(cloud.points) * cloud.pitch**3 < 200e3  # mm^3; a leaking fill gives a third
 
 
 def test_clouds_are_kept_and_a_damaged_one_is_built_anew(tmp_path):
@@ -116,8 +91,7 @@ def test_a_fracture_takes_everything_beyond_it_along(wrist):
     site = findings.shaft(wrist.bones["radius"].points, (1, -215, -205), np.random.default_rng(0))
     findings.fracture(broken, 1.0, np.random.default_rng(1), "radius", site)
     before, after = wrist.frames({}), broken.frames({})
-    hand_moved = np.linalg.norm(after["thirdmc_r"][1] - before["thirdmc_r"][1])
-    assert hand_moved > 2
+    assert np.linalg.norm(after["thirdmc_r"][1] - before["thirdmc_r"][1]) > 2  # the hand has moved
     assert np.allclose(after["ulna_r"][1], before["ulna_r"][1])
 
 
