@@ -92,8 +92,11 @@ def learning_curves(
     """
     by_name = _by_name(histories)
     panels = panels or [panel for panel in PANELS if all(panel in one for one in by_name.values())]
-    if lacking := {panel for panel in panels for one in by_name.values() if panel not in one}:
-        raise PredictionsError(f"Not every history has the column(s) {', '.join(sorted(lacking))}.")
+    lacking = {panel for panel in panels for one in by_name.values() if panel not in one}
+    if lacking or not panels:
+        raise PredictionsError(
+            f"Not every history has {', '.join(sorted(lacking)) or 'one column of PANELS'}."
+        )
     nrows = (len(panels) + 1) // 2
     size = (WIDTH, 0.9 + 2.5 * nrows)
     figure, axes = plt.subplots(nrows, min(2, len(panels)), figsize=size, squeeze=False)

@@ -157,7 +157,7 @@ def save_model(model: Any, folder: Path) -> str | None:
     if model is None:
         return None
     raise RunError(
-        f"fit returned a {type(model).__name__}, which cannot be saved. Return None, a Keras model or a torch "
+        f"fit returned a {type(model).__name__}, which cannot be saved. Return None, a Keras model or torch "
         "module, after importing mura_course.keras_tools.models or mura_course.torch_tools.models."
     )
 

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from mura_course import errors, metrics, plots
+from mura_course import metrics, plots, reports
+from mura_course.errors import DataNotFoundError, PredictionsError
 
 DEMO = {"data": "MURA-demo", "is_demo": True, "weights": "random", "profile": "smoke"}
 DEMO_LINE = "MURA-demo (synthetic films, not MURA) · {} level · random weights · profile smoke"
@@ -29,12 +30,12 @@ def predictions():
     return table
 
 
-@pytest.fixture
-def history():
-    columns = [name for panel in plots.PANELS for name in (panel, f"val_{panel}")]
-    table = pd.DataFrame(np.random.default_rng(0).random((5, 8)), columns=columns)
-    table.insert(0, "epoch", range(1, 6))
-    table.attrs = DEMO
+def make_history(epochs=5, seed=0, panels=("loss", "accuracy", "auc", "kappa"), **attrs):
+    columns = [name for panel in panels for name in (panel, f"val_{panel}")]
+    values = 0.6 + 0.3 * np.random.default_rng(seed).random((epochs, len(columns)))
+    table = pd.DataFrame(values, columns=columns)
+    table.insert(0, "epoch", range(1, epochs + 1))
+    table.attrs = DEMO | attrs
     return table
 
 
@@ -44,60 +45,84 @@ def texts(figure):
     return [text.replace("\n", " ") for text in found if text]
 
 
-def test_provenance_says_what_is_known_and_what_is_not():
-    assert plots.provenance(DEMO, "study") == DEMO_LINE.format("study")
-    mura = {"data": "MURA-v1.1", "is_demo": False, "weights": "ImageNet", "level": "image"}
-    assert plots.provenance(mura) == "MURA-v1.1 · image level · ImageNet weights"
-    assert plots.provenance({}) == "data not stated · weights not stated"
-
-
-def test_curves_show_train_and_dev_in_four_panels(history):
-    figure = plots.curves(history)
+def test_curves_of_one_run_show_train_and_dev_in_a_panel_a_score():
+    history = make_history()
+    figure = plots.learning_curves(history)
     assert [axis.get_title() for axis in figure.axes] == ["Loss", "Accuracy", "AUC", "Cohen's kappa"]
-    for axis, name in zip(figure.axes, plots.PANELS, strict=True):
+    for axis, name in zip(figure.axes, plots.PANELS, strict=False):
         train, dev = axis.lines[:2]
         np.testing.assert_array_equal(train.get_ydata(), history[name])
         np.testing.assert_array_equal(dev.get_ydata(), history[f"val_{name}"])
         assert train.get_linestyle() == "--" and dev.get_linestyle() == "-"
         assert train.get_xdata().tolist() == [1, 2, 3, 4, 5]
-        assert axis.get_ylabel()
-    assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "epoch", "epoch"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "dev", "chance"]
-    assert DEMO_LINE.format("image") in texts(figure)
+        assert axis.get_ylabel() == plots.PANELS[name][1] and axis.get_xlabel() == "epoch"
+    assert {"dashed: train, solid: dev, dotted: chance", DEMO_LINE.format("image")} <= set(texts(figure))
     # Lines that are not about a class do not wear a class's colour.
-    assert not {to_hex(line.get_color()).upper() for a in figure.axes for line in a.lines} & set(
-        plots.COLOURS
-    )
+    used = {to_hex(line.get_color()).upper() for axis in figure.axes for line in axis.lines}
+    assert not used & set(plots.COLOURS)
+
+
+def test_curves_of_several_runs_have_a_colour_a_run():
+    histories = {"long": make_history(6, 1), "short": make_history(3, 2, weights="imagenet")}
+    histories["long"].loc[0, ["accuracy", "auc"]] = np.nan  # a stage with another target
+    figure = plots.learning_curves(histories, ["auc", "loss", "accuracy"])
+    assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == ["AUC", "Loss", "Accuracy"]
+    for axis, name in zip(figure.axes, ("auc", "loss", "accuracy"), strict=False):
+        for i, history in enumerate(histories.values()):
+            train, dev = axis.lines[2 * i : 2 * i + 2]
+            np.testing.assert_array_equal(train.get_ydata(), history[name])
+            assert train.get_color() == dev.get_color() == plots.MODELS[i]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["long", "short"]
+    assert "MURA-demo (synthetic films, not MURA) · image level · profile smoke" in texts(figure)
+
+
+def test_axes_of_curves_start_at_chance_unless_a_curve_lies_below():
+    history = make_history(f1=None)
+    history.loc[2, "val_auc"], history.loc[0, "loss"] = 0.3, 9.0
+    loss, accuracy, auc, kappa = plots.learning_curves(history).axes
+    assert accuracy.get_ylim()[0] == pytest.approx(0.47) and auc.get_ylim()[0] < 0.3
+    assert loss.get_ylim() == (0, plots.HIGHEST_LOSS) and loss.get_title() == "Loss (cut off at 2)"
+    for axis, chance in ((auc, 0.5), (kappa, 0)):
+        assert chance in [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"]
+    assert all(line.get_linestyle() != ":" for line in [*loss.lines, *accuracy.lines])
+
+
+def test_a_dotted_line_parts_the_stages_and_dev_may_lack():
+    history = make_history(5, panels=("loss", "f1")).assign(stage=[1, 1, 2, 2, 2]).drop(columns="val_f1")
+    loss, f1 = plots.learning_curves(history).axes
+    assert f1.get_title() == "Macro F1" and len(f1.lines) == 2
+    assert [line.get_xdata() for line in loss.lines if line.get_linestyle() == ":"] == [[2.5, 2.5]]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 30])
-def test_epochs_are_whole_numbers(history, epochs):
-    long = pd.concat([history] * 6, ignore_index=True).head(epochs).assign(epoch=range(1, epochs + 1))
-    figure = plots.curves(long)
+def test_epochs_are_whole_numbers(epochs):
+    figure = plots.learning_curves(make_history(epochs))
     figure.draw_without_rendering()
     low, high = figure.axes[2].get_xlim()
     ticks = [tick for tick in figure.axes[2].get_xticks() if low <= tick <= high]
     assert ticks and all(float(tick).is_integer() for tick in ticks)
 
 
-def test_curves_name_the_missing_columns(history):
-    with pytest.raises(ValueError, match="lacks kappa, val_kappa"):
-        plots.curves(history.drop(columns=["kappa", "val_kappa"]))
+def test_curves_name_what_the_histories_lack():
+    with pytest.raises(PredictionsError, match="Not every history has f1, kappa"):
+        plots.learning_curves(make_history(panels=("loss",)), ["loss", "kappa", "f1"])
+    with pytest.raises(PredictionsError, match="one column of PANELS"):
+        plots.learning_curves(pd.DataFrame({"epoch": [1]}))
 
 
 @pytest.mark.parametrize(
     ("level", "cells", "title"),
     [
-        ("image", ["3\n75%", "1\n25%", "3\n75%", "1\n25%"], "Image level: 8 images, test set"),
-        ("study", ["2\n100%", "0\n0%", "2\n100%", "0\n0%"], "Study level: 4 studies, test set"),
+        ("image", ["3\n75%", "1\n25%", "3\n75%", "1\n25%"], "8 images, test set"),
+        ("study", ["2\n100%", "0\n0%", "2\n100%", "0\n0%"], "4 studies, test set"),
     ],
 )
-def test_confusion_counts_and_says_what_about(predictions, level, cells, title):
-    figure = plots.confusion(predictions, level)
+def test_a_matrix_counts_and_says_what_about(predictions, level, cells, title):
+    figure = plots.confusion_matrices(predictions, level)
     (axis,) = figure.axes
     assert [text.get_text() for text in axis.texts] == cells
     assert axis.get_title() == title
-    assert axis.get_ylabel() == "truth" and "P > 0.5" in axis.get_xlabel()
+    assert axis.get_ylabel() == "truth" and axis.get_xlabel() == "called (abnormal: P > 0.5)"
     for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
         assert [(label.get_text(), label.get_color()) for label in labels] == [
             ("normal", plots.NORMAL),
@@ -106,29 +131,35 @@ def test_confusion_counts_and_says_what_about(predictions, level, cells, title):
     assert DEMO_LINE.format(level) in texts(figure)
 
 
-def test_confusion_shades_by_row_and_stays_readable(predictions):
-    figure = plots.confusion(predictions.assign(probability=[0.0] * 4 + [1.0] * 4))
-    faces = [patch.get_facecolor() for patch in figure.axes[0].patches]
-    assert to_hex(faces[1]) == to_hex(faces[2]) == "#ffffff"  # nothing there
+def test_matrices_share_one_scale_by_the_rows_fraction_and_stay_readable(predictions):
+    perfect = predictions.assign(probability=[0.0] * 4 + [1.0] * 4)
+    models = {"as it is": predictions, "perfect": perfect, "few": perfect.iloc[[0, 7]]}
+    figure = plots.confusion_matrices(models | {f"model {i}": predictions for i in (4, 5)})
+    shades = [axis.images[0].get_array() for axis in figure.axes[:5]]
+    np.testing.assert_array_equal(shades[1], shades[2])  # 4 of 4 and 1 of 1
+    assert to_hex(shades[1][0, 1]) == to_hex(shades[1][1, 0]) == "#ffffff"  # nothing there
+    assert (shades[0][0, 0] > shades[1][0, 0]).any() and (shades[0][0, 0] >= shades[1][0, 0]).all()
 
     def luminance(colour):
         linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
         return np.dot(linear, [0.2126, 0.7152, 0.0722])
 
-    for face in (faces[0], faces[3]):
+    for face in (shades[1][0, 0], shades[1][1, 1]):
         assert (luminance(face) + 0.05) / (luminance(plots.INK) + 0.05) > 4.5
+    assert figure.axes[2].get_title() == "few\n2 images, test set"
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False] * 3
 
 
-def test_confusion_of_one_class_has_an_empty_row(predictions):
-    figure = plots.confusion(predictions.query("label == 0"))
+def test_a_matrix_of_one_class_has_an_empty_row(predictions):
+    figure = plots.confusion_matrices(predictions.query("label == 0"))
     assert [text.get_text() for text in figure.axes[0].texts] == ["3\n75%", "1\n25%", "0", "0"]
 
 
 def test_scores_of_unknown_origin_say_so(predictions):
     predictions.attrs = {}
-    assert any("data not stated" in text for text in texts(plots.confusion(predictions)))
-    with pytest.raises(ValueError, match="'image' or 'study', not 'patient'"):
-        plots.confusion(predictions, "patient")
+    assert any("data not stated" in text for text in texts(plots.confusion_matrices(predictions)))
+    with pytest.raises(PredictionsError, match="'image', 'study', not 'patient'"):
+        plots.confusion_matrices(predictions, "patient")
 
 
 @pytest.fixture
@@ -161,9 +192,9 @@ def test_films_are_framed_in_their_labels_colour_and_word(films):
 
 def test_a_missing_film_is_named(films, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.raises(errors.DataNotFoundError, match="1.png is missing or no image"):
+    with pytest.raises(DataNotFoundError, match="1.png is missing or no image"):
         plots.films(films)
-    with pytest.raises(errors.DataNotFoundError, match="elsewhere.0.png"):
+    with pytest.raises(DataNotFoundError, match="elsewhere.0.png"):
         plots.films(films, root="elsewhere")
 
 
@@ -188,55 +219,55 @@ def test_intervals_are_those_of_the_report(predictions):
     (axis,) = figure.axes
     ticks = [label.get_text() for label in axis.get_yticklabels()]
     assert ticks == ["HAND", "WRIST", "OVERALL"] and axis.get_ylim() == (2.5, -0.5)
-    (points,) = [line for line in axis.lines if len(line.get_xdata()) == 3]
-    np.testing.assert_array_equal(points.get_xdata(), report["accuracy"]["value"])
-    ends = np.array([segment[:, 0] for segment in axis.collections[0].get_segments()])
+    lines, points = axis.collections
+    np.testing.assert_array_equal(points.get_offsets()[:, 0], report["accuracy"]["value"])
+    ends = np.array([segment[:, 0] for segment in lines.get_segments()])
     np.testing.assert_array_equal(ends, report["accuracy"][["low", "high"]])
     assert axis.get_xlabel() == "Accuracy, 95 % interval"
     shown = texts(figure)
-    assert metrics.format_report(report).loc["OVERALL", "Accuracy"] in shown
-    assert DEMO_LINE.format("image") in shown and "chance" not in shown
-    with pytest.raises(ValueError, match="metric must be one of accuracy.*not 'auc'"):
+    assert reports.format_report(report).loc["OVERALL", "Accuracy"] in shown
+    assert DEMO_LINE.format("image") in shown
+    with pytest.raises(PredictionsError, match="metric must be one of 'accuracy'.*not 'auc'"):
         plots.interval_bars(report, "auc")
 
 
 def test_several_reports_are_told_apart(predictions):
-    reports = {
+    models = {
         "by image": metrics.image_report(predictions, samples=20),
         "by study": metrics.study_report(predictions, samples=20).drop(index="WRIST"),
     }
-    figure = plots.interval_bars(reports, "auroc")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(reports)
+    figure = plots.interval_bars(models, "auroc")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
     shown = texts(figure)
-    assert "chance" in shown and "undefined" in shown  # WRIST has one class only
+    assert "AUROC, 95 % interval; dotted: chance" in shown and "undefined" in shown  # WRIST has one class
     assert any(DEMO_LINE.format("image") in s and DEMO_LINE.format("study") in s for s in shown)
 
 
 def test_one_line_per_model_coloured_by_where_its_weights_come_from(predictions):
-    reports = {"first": metrics.image_report(predictions, samples=50)}
+    models = {"first": metrics.image_report(predictions, samples=50)}
     predictions.attrs = DEMO | {"weights": "imagenet"}
-    reports["second"] = metrics.image_report(predictions.assign(probability=0.5), samples=50)
-    figure = plots.overall_bars(reports, "accuracy")
+    models["second"] = metrics.image_report(predictions.assign(probability=0.5), samples=50)
+    figure = plots.overall_bars(models, "accuracy")
     (axis,) = figure.axes
-    ends = [collection.get_segments()[0][:, 0] for collection in axis.collections]
-    for found, report in zip(ends, reports.values(), strict=True):
-        np.testing.assert_array_equal(found, report.loc["OVERALL", "accuracy"][["low", "high"]])
-    assert [to_hex(c.get_color()[0]) for c in axis.collections] == [plots.FAINT.lower(), plots.INK.lower()]
+    lines, points = axis.collections
+    for segment, colour, report in zip(
+        lines.get_segments(), lines.get_colors(), models.values(), strict=True
+    ):
+        np.testing.assert_array_equal(segment[:, 0], report.loc["OVERALL", "accuracy"][["low", "high"]])
+        start = report.attrs["weights"]
+        assert to_hex(colour) == (plots.INK if start == "imagenet" else plots.FAINT).lower()
     assert [label.get_text() for label in axis.get_yticklabels()] == ["first", "second"]
     shown = texts(figure)
-    assert metrics.format_report(reports["first"]).loc["OVERALL", "Accuracy"] in shown
+    assert reports.format_report(models["first"]).loc["OVERALL", "Accuracy"] in shown
     assert not any("weights" in text for text in shown) and any("synthetic films" in text for text in shown)
-    assert "chance" in plots.overall_bars(reports).axes[0].get_xlabel()
-    with pytest.raises(ValueError, match="not 'auc'"):
-        plots.overall_bars(reports, "auc")
 
 
-def test_figures_are_opaque_white_and_shown_once(history, predictions, films):
+def test_figures_are_opaque_white_and_shown_once(predictions, films):
     report = metrics.image_report(predictions, samples=5)
     with plt.rc_context({"figure.facecolor": "none", "font.size": 30}):
         figures = [
-            plots.curves(history),
-            plots.confusion(predictions),
+            plots.learning_curves(make_history()),
+            plots.confusion_matrices(predictions),
             plots.films(films),
             plots.interval_bars(report),
             plots.overall_bars({"one": report}),

@@ -1,0 +1,128 @@
+"""reports.py: scores in words, tables and names, exactly as a page shows them."""
+
+import inspect
+
+import numpy as np
+import pandas as pd
+import pytest
+from making import make_index, make_predictions
+
+from mura_course import metrics, profiles, reports, runs
+from mura_course.errors import PredictionsError
+
+INDEX = make_index(patients=60)
+TEST = INDEX[INDEX["split"].eq("test")]
+GOOD, POOR = make_predictions(TEST, 8, seed=0), make_predictions(TEST, 0, seed=1)
+
+
+def test_the_data_are_named_from_an_index_predictions_a_run_or_its_info(tmp_path):
+    run = runs.fit_or_load("a", {}, lambda w: (None, None, GOOD), INDEX, profiles.get("smoke"), root=tmp_path)
+    report = metrics.image_report(GOOD, samples=2)
+    for source in (INDEX, GOOD, report, run, run.info, run.predictions):
+        assert reports.data_name(source) == "MURA-demo, synthetic films"
+    assert reports.data_name(make_index(name="MURA-v1.1")) == "MURA-v1.1"
+    assert reports.data_name(pd.DataFrame()) == "data not stated"
+
+
+def test_provenance_says_what_is_known_and_what_is_not():
+    demo = {"data": "MURA-demo", "is_demo": True, "weights": "random", "profile": "smoke"}
+    line = "MURA-demo (synthetic films, not MURA) · study level · random weights · profile smoke"
+    assert reports.provenance(demo, "study") == line
+    mura = {"data": "MURA-v1.1", "is_demo": False, "weights": "imagenet", "level": "image"}
+    assert reports.provenance(mura) == "MURA-v1.1 · image level · imagenet weights"
+    assert reports.provenance(mura, weights=False) == "MURA-v1.1 · image level"
+    assert reports.provenance({}) == "data not stated · weights not stated"
+
+
+def test_a_markdown_table_has_a_rule_and_any_values():
+    table = reports.markdown_table(["model", "n"], [("*Lite0*", 3), ["random", 2.5]])
+    assert table.data == "| model | n |\n| --- | --- |\n| *Lite0* | 3 |\n| random | 2.5 |"
+
+
+def test_shown_source_is_the_packages_own():
+    shown = reports.show_source(metrics.provenance_of, metrics.Scorer.__call__).data
+    first, second = shown.removeprefix("```python\n").removesuffix("```").split("```\n\n```python\n")
+    assert first == "# mura_course.metrics\n" + inspect.getsource(metrics.provenance_of)
+    assert second.startswith("# mura_course.metrics\ndef __call__(self") and "return {" in second
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((0.7512, 0.708, 0.79), "0.75 [0.71, 0.79]"),
+        ((0.5, np.nan, np.nan), "0.50 [no interval]"),
+        ((np.nan, np.nan, np.nan), "undefined"),
+    ],
+)
+def test_an_interval_reads_well_and_says_what_is_lacking(numbers, text):
+    assert reports.interval(*numbers) == text
+
+
+def test_a_report_is_written_with_names_and_intervals():
+    report = metrics.image_report(GOOD, samples=100)
+    value, low, high, _ = report.loc["OVERALL", "kappa"]
+    shown = reports.format_report(report, digits=3)
+    assert shown.loc["OVERALL", "Cohen's kappa"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    assert shown.columns.tolist() == [*metrics.COUNTS, *metrics.METRICS.values()]
+    assert shown.index.tolist() == ["HAND", "WRIST", "OVERALL"] and shown.attrs["level"] == "image"
+
+
+def test_resamples_without_a_score_are_counted_beside_it():
+    report = metrics.image_report(POOR.groupby("label").head(1), samples=400)  # two patients: often one class
+    drawn = int(report.loc["OVERALL", ("auroc", "resamples")])
+    assert 100 < drawn < 300
+    assert reports.format_report(report).loc["OVERALL", "AUROC"].endswith(f"({drawn} of 400 resamples)")
+
+
+def test_several_models_are_scored_and_shown_a_row_each(tmp_path):
+    run = runs.fit_or_load("a", {}, lambda w: (None, None, GOOD), INDEX, profiles.get("smoke"), root=tmp_path)
+    found = reports.image_reports({"run": run, "poor": POOR}, samples=50)
+    pd.testing.assert_frame_equal(found["poor"], metrics.image_report(POOR, samples=50))
+    pd.testing.assert_frame_equal(found["run"], metrics.image_report(GOOD, samples=50))
+    table = reports.overall(found, digits=1)
+    assert table.index.tolist() == ["run", "poor"]
+    assert table.loc["poor", "AUROC"] == reports.format_report(found["poor"], 1).loc["OVERALL", "AUROC"]
+    by_study = reports.image_reports({"poor": POOR}, 50, level="study")["poor"]
+    pd.testing.assert_frame_equal(by_study, metrics.study_report(POOR, samples=50))
+    with pytest.raises(PredictionsError, match="level must be one of 'image', 'study', not 'film'"):
+        reports.image_reports({"poor": POOR}, level="film")
+
+
+def test_a_difference_is_a_number_an_interval_and_a_word():
+    table = metrics.paired_difference(GOOD, POOR, samples=200)
+    value, low, high, _ = table.loc["auroc"]
+    assert low > 0
+    assert reports.difference(GOOD, POOR, samples=200) == f"{value:+.3f} [{low:+.3f}, {high:+.3f}]: better"
+    assert reports.difference(POOR, GOOD, "accuracy", samples=200).endswith("]: worse")
+    assert reports.difference(GOOD, GOOD, samples=20) == "+0.000 [+0.000, +0.000]: no difference shown"
+    by_study = reports.format_difference(metrics.paired_difference(GOOD, POOR, "study", samples=20), "f1")
+    assert reports.difference(GOOD, POOR, "f1", samples=20, level="study") == f"{by_study}: better"
+    with pytest.raises(PredictionsError, match="metric must be one of 'accuracy'.*not 'auc'"):
+        reports.difference(GOOD, POOR, "auc")
+
+
+def test_a_question_that_could_not_be_asked_has_no_verdict():
+    constant, normal = POOR.assign(probability=0.4), TEST["label"].eq(0)
+    assert reports.difference(GOOD, constant, samples=50).endswith(": not tested here")
+    assert reports.difference(GOOD[normal], POOR[normal], samples=50) == "undefined: not tested here"
+    for claim in ("better", "worse", "no big difference"):
+        assert reports.agreement(claim, GOOD, constant, samples=50) == "not tested here"
+
+
+def test_a_claim_agrees_disagrees_or_cannot_be_told():
+    other = make_predictions(TEST, 0, seed=2)
+    claims = [("better", GOOD, POOR), ("better", POOR, GOOD), ("worse", POOR, GOOD), ("better", POOR, other)]
+    answers = [reports.agreement(*claim, samples=100) for claim in claims]
+    assert answers == ["agrees", "disagrees", "agrees", "cannot tell"]
+    same = [reports.agreement("no big difference", GOOD, b, samples=100) for b in (GOOD, POOR, GOOD[::-1])]
+    assert same == ["agrees", "disagrees", "agrees"]
+    assert reports.agreement("no big difference", POOR, other, samples=100) == "cannot tell"
+    with pytest.raises(PredictionsError, match="claim must be one of 'better'"):
+        reports.agreement("slightly better", GOOD, POOR)
+
+
+def test_the_fraction_right_has_an_interval_over_patients():
+    rows = TEST.groupby("patient").head(1).head(3)
+    assert reports.fraction_right(rows, [True] * 3) == "1.000 [1.000, 1.000]"
+    # All three draws are the patient who is right in 1 of 27 resamples: more than the upper 2.5 %.
+    assert reports.fraction_right(rows, [True, False, False], 5000) == "0.333 [0.000, 1.000]"
