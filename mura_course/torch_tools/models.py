@@ -128,7 +128,7 @@ def backbone(name: str, weights: str = "imagenet") -> nn.Module:
 
 
 def weights_file(name: str) -> Path:
-    """The file with a backbone's ImageNet weights: found where torch or a package keeps it, or downloaded.
+    """Find the file with a backbone's ImageNet weights, where torch or a package keeps it, or download it.
 
     WeightsError, naming file, address, digest and folder, where that is impossible.
     """
@@ -145,7 +145,7 @@ def find_weights(name: str, profile: Profile) -> str:
 
 
 def accelerator() -> torch.device:
-    """The GPU where torch sees one, else the processor: where whatever is not trained is computed."""
+    """Say where what is not trained is computed: on the GPU where torch sees one, else on the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -180,7 +180,7 @@ class TorchExtractor:
 
 
 def make_head(head: Head, features: int, outputs: int) -> nn.Module:
-    """A stack of linear layers on features, as KN's heads: no activation between them.
+    """Stack linear layers on features, as KN's heads: no activation between them.
 
     KN's are "linear" (KN 3.1) and "two_linear", Linear(512, 512) and Linear(512, 1) (KN 3.2). KN names no
     activation, so there is none here either (chapter 7).
@@ -264,14 +264,14 @@ class ImageClassifier(nn.Module):
 def classifier(
     name: str, head: Head = "linear", frozen: bool = True, weights: str = "imagenet", outputs: int = 1
 ) -> ImageClassifier:
-    """A backbone with a new head; parameters and errors as `ImageClassifier`, `make_head` and `backbone`."""
+    """Put a new head on a backbone; parameters and errors as `ImageClassifier` and `backbone`."""
     return ImageClassifier(name, backbone(name, weights), head, outputs, frozen)
 
 
 def resnet18(
     head: Head = "linear", frozen: bool = True, weights: str = "imagenet", outputs: int = 1
 ) -> ImageClassifier:
-    """KN's model: ResNet18 without its top and a new head, for images of 256 x 256 px (KN 2.1, 2.2).
+    """Build KN's model: ResNet18 without its top and a new head, for images of 256 x 256 px (KN 2.1, 2.2).
 
     Parameters and errors as `classifier`.
     """
@@ -288,13 +288,13 @@ def _(model: nn.Module, folder: Path) -> str:
 
 
 def build_like(architecture: dict[str, Any]) -> ImageClassifier:
-    """A frozen classifier with random weights of this `architecture`; KeyError where it is of none."""
+    """Build a frozen classifier of this `architecture`, with random weights; KeyError where it is of none."""
     name, head, outputs = (architecture[key] for key in ("backbone", "head", "outputs"))
     return classifier(name, tuple(head), weights="random", outputs=outputs)
 
 
 def load(run: runs.Run, into: nn.Module | None = None, like: Callable[[dict], nn.Module] = build_like) -> Any:
-    """The trained model of a run.
+    """Load the trained model of a run.
 
     Parameters
     ----------

@@ -37,15 +37,13 @@ class Routed(nn.Module):
 
     def __init__(self, router: ImageClassifier, specialists: dict[str, ImageClassifier]) -> None:
         super().__init__()
-        parts = data.BODY_PARTS
         outputs = {part: model.architecture["outputs"] for part, model in specialists.items()}
-        if router.architecture["outputs"] != len(parts) or outputs != dict.fromkeys(parts, 1):
+        fits = router.architecture["outputs"] == len(outputs) and outputs == dict.fromkeys(data.BODY_PARTS, 1)
+        if not fits or not all(_same_backbone(router, other) for other in specialists.values()):
             raise ModelError(
-                f"A routed system has a router with {len(parts)} outputs and a specialist with 1 for each of "
-                f"{', '.join(parts)}. These: {router.architecture['outputs']}, {outputs}."
+                f"A routed system is a router with {len(data.BODY_PARTS)} outputs and, for each of "
+                f"{', '.join(data.BODY_PARTS)}, a specialist with 1, all on one frozen backbone."
             )
-        if not all(_same_backbone(router, other) for other in specialists.values()):
-            raise ModelError("Router and specialists must have one frozen backbone, with the same weights.")
         self.router = router
         self.heads = nn.ModuleDict({part: specialists[part].head for part in data.BODY_PARTS})
         self.expected_scale = router.expected_scale
@@ -69,7 +67,7 @@ def _same_backbone(a: ImageClassifier, b: ImageClassifier) -> bool:
 
 
 def build_like(architecture: dict[str, Any]) -> Routed:
-    """A routed system with random weights of this `architecture`; KeyError where it is of none."""
+    """Build a routed system of this `architecture`, with random weights; KeyError where it is of none."""
     router = models.build_like(architecture["router"])
     specialists = {part: models.build_like(one) for part, one in architecture["specialists"].items()}
     for specialist in specialists.values():
@@ -78,5 +76,5 @@ def build_like(architecture: dict[str, Any]) -> Routed:
 
 
 def load(run: runs.Run) -> Routed:
-    """The routed system of a run; errors as `models.load`."""
+    """Load the routed system of a run; errors as `models.load`."""
     return models.load(run, like=build_like)

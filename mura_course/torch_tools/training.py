@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.nn import functional
 from torchmetrics import classification
@@ -52,13 +52,13 @@ class BinaryAUROC(classification.BinaryAUROC):
     """TorchMetrics', but undefined (NaN), not 0, where all images are of one class."""
 
     def compute(self) -> torch.Tensor:
-        """The area, a scalar."""
+        """Return the area, a scalar."""
         one_class = dim_zero_cat(self.target).unique().numel() < 2
         return torch.tensor(float("nan")) if one_class else super().compute()
 
 
 def task_metrics(target: str) -> nn.ModuleDict:
-    """What a training watches: as both reports for the label, as KN 3.3 for the body part."""
+    """Make what a training watches: for the label as both reports, for the body part as KN 3.3."""
     label = {"accuracy": classification.BinaryAccuracy(), "auc": BinaryAUROC()}
     label["kappa"] = classification.BinaryCohenKappa()
     part: dict[str, nn.Module] = {"f1": classification.MulticlassF1Score(PARTS, average="macro")}
@@ -68,7 +68,7 @@ def task_metrics(target: str) -> nn.ModuleDict:
 
 
 def parameter_groups(model: Any, learning_rate: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Adam's groups: the head learns at `learning_rate`, each block below at that of the block above x decay.
+    """Divide for Adam: the head learns at `learning_rate`, each block at that of the block above x decay.
 
     The stem, before the first block, learns at the first block's rate times `layer_decay`. With a decay of 1
     there is one group, and the model need not be an `ImageClassifier`.
@@ -102,7 +102,7 @@ class Task(lightning.LightningModule):
         self.watched = nn.ModuleDict({name: task_metrics(stage.target) for name in ("fitting", "dev")})
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
-        """The loss of a training batch."""
+        """Return the loss of a training batch."""
         return self._step(batch, self.watched["fitting"], "")
 
     def validation_step(self, batch: Any, _: int) -> None:
@@ -110,7 +110,7 @@ class Task(lightning.LightningModule):
         self._step(batch, self.watched["dev"], "val_")
 
     def _step(self, batch: Any, watched: Any, prefix: str) -> torch.Tensor:
-        """The loss of a batch; loss and metrics are logged by epoch."""
+        """Return the loss of a batch; loss and metrics are logged by epoch."""
         x, y = batch
         y = y if isinstance(y, dict) else {self.stage.target: y}
         logits, losses = self.model(x), []
@@ -131,7 +131,7 @@ class Task(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, with a learning rate for each block where the stage has a layer decay."""
+        """Make Adam, with a learning rate for each block where the stage has a layer decay."""
         return torch.optim.Adam(
             parameter_groups(self.model, self.stage.learning_rate, self.stage.layer_decay)
         )
@@ -140,7 +140,7 @@ class Task(lightning.LightningModule):
 # What survives a kill ---------------------------------------------------------------------------
 
 
-class Checkpoints(CheckpointIO):
+class Checkpoints(TorchCheckpointIO):
     """Lightning's checkpoints: whole, headed by their SHA-256, and never unpickled."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
@@ -153,16 +153,12 @@ class Checkpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: Any = True
     ) -> dict[str, Any]:
-        """The checkpoint at `path`; errors as `read`."""
+        """Return the checkpoint at `path`; errors as `read`."""
         return read(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete the checkpoint at `path`."""
-        Path(path).unlink(missing_ok=True)
 
 
 def read(file: Path, task: Task | None = None) -> dict[str, Any]:
-    """The checkpoint in `file`, with which `task` is filled.
+    """Return the checkpoint in `file`, and fill `task` with it.
 
     TrainingError where it was changed, holds more than numbers and text, or is of another model.
     """
@@ -190,7 +186,7 @@ class History(Callback):
         self.line = tqdm(disable=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """Return what a checkpoint holds of it."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,12 +200,12 @@ class History(Callback):
         self.line = tqdm(total=trainer.max_epochs * batches, initial=len(self.rows) * batches, **shown)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Order and augmentation depend on the epoch alone."""
+        """Tell the batches, whose order and augmentation depend on the epoch alone."""
         trainer.train_dataloader.set_epoch(trainer.current_epoch)
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """One step more."""
+        """Move the progress line."""
         self.line.update()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -225,7 +221,7 @@ class History(Callback):
         self.rows.append({"epoch": epoch} | scores | {"learning_rate": rate, "seconds": seconds})
         self.line.set_postfix({name: f"{v:.3f}" for name, v in scores.items() if name.endswith("loss")})
 
-    def on_fit_end(self, *_: Any) -> None:
+    def on_fit_end(self, *_: Any, **__: Any) -> None:
         """End the progress line."""
         self.line.close()
 
@@ -272,53 +268,43 @@ def fit(
     Raises
     ------
     TrainingError
-        A loss that is not a number; a damaged checkpoint, or one of another model.
+        A loss that is not a number; patience without dev; a damaged checkpoint, or one of another model.
     DiskError
         No room or no permission to write.
     DataError
         The batches have another scale than the model expects.
     """
-    expected: Any = getattr(model, "expected_scale", None)  # a head on features has none
-    sets = [batches for batches in (train, dev) if batches is not None]
-    for batches in sets if expected else ():
-        data.check_scale(expected, batches)
-    task, epochs, folder = (
-        Task(model, stage),
-        stage.epochs or -(-(stage.steps or 0) // len(train)),
-        Path(workdir),
-    )
-    last, history, done = folder / "last.ckpt", History(), 0
-    if last.exists():
-        states = read(last, task)["callbacks"]
-        stopped = any(state.get("stopped_epoch") for state in states.values())
-        done = epochs if stopped else len(states[history.state_key]["rows"])
-        print(f"Resumed after epoch {done}." if done < epochs else "Trained earlier.")
-    if done < epochs:
-        always: Any = {
-            "dirpath": str(folder),
-            "enable_version_counter": False,
-            "save_on_train_epoch_end": True,
-        }
-        callbacks: list[Callback] = [history]
-        if stage.patience is not None:
-            watch: Any = {"monitor": MONITORS[stage.target], "mode": "max"}
-            callbacks.append(EarlyStopping(**watch, patience=stage.patience))
-            callbacks.append(ModelCheckpoint(filename="best", **watch, **always))
-        callbacks.append(ModelCheckpoint(filename="last", **always))
-        own = {"max_epochs": epochs, "callbacks": callbacks, "plugins": [Checkpoints()]}
+    if stage.patience is not None and dev is None:
+        raise TrainingError("There is no dev image to stop by. Take more patients, or set patience=None.")
+    sets, expected = [train] if dev is None else [train, dev], getattr(model, "expected_scale", None)
+    for batches in sets if expected else ():  # a head on features expects none
+        data.check_scale(str(expected), batches)
+    task, history, last = Task(model, stage), History(), Path(workdir) / "last.ckpt"
+    epochs = stage.epochs or -(-(stage.steps or 0) // len(train))  # steps make whole epochs, rounded up
+    state = read(last, task)["callbacks"] if last.exists() else {history.state_key: {"rows": []}}
+    stopped = any(callback.get("stopped_epoch") for callback in state.values())
+    if len(state[history.state_key]["rows"]) < epochs and not stopped:
         with warnings.catch_warnings():  # advice about loaders that does not apply to ours
             warnings.simplefilter("ignore")
-            trainer = lightning.Trainer(**own | DEFAULTS | trainer_options)
-            trainer.fit(
-                task,
-                *(batches.torch() for batches in sets),
-                ckpt_path=last if done else None,
-                weights_only=True,
-            )
-    rows = read(last, task)["callbacks"][history.state_key]["rows"]
+            options: Any = {"max_epochs": epochs, "callbacks": [history, *_callbacks(stage, last.parent)]}
+            trainer = lightning.Trainer(plugins=[Checkpoints()], **options | DEFAULTS | trainer_options)
+            resume = last if last.exists() else None
+            trainer.fit(task, *(batches.torch() for batches in sets), ckpt_path=resume, weights_only=True)
+        state = read(last, task)["callbacks"]
     if stage.patience is not None:
-        read(folder / "best.ckpt", task)
-    return pd.DataFrame(rows)
+        read(last.with_name("best.ckpt"), task)
+    return pd.DataFrame(state[history.state_key]["rows"])
+
+
+def _callbacks(stage: Stage, folder: Path) -> list[Callback]:
+    """Stop early and keep the best epoch, where the stage has patience; keep the last epoch."""
+    always: Any = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
+    last = ModelCheckpoint(filename="last", **always)
+    if stage.patience is None:
+        return [last]
+    watch: Any = {"monitor": MONITORS[stage.target], "mode": "max"}
+    best = ModelCheckpoint(filename="best", **watch, **always)
+    return [EarlyStopping(patience=stage.patience, **watch), best, last]  # the last one keeps their state
 
 
 def predict(model: nn.Module, batches: data.Batches) -> pd.DataFrame:
@@ -342,9 +328,8 @@ def predict(model: nn.Module, batches: data.Batches) -> pd.DataFrame:
     DataError
         The batches have another scale than the model expects.
     """
-    expected: Any = getattr(model, "expected_scale", None)
-    if expected:
-        data.check_scale(expected, batches)
+    if hasattr(model, "expected_scale"):
+        data.check_scale(str(model.expected_scale), batches)
     rows, device, was_training = batches.index.iloc[batches.order], models.accelerator(), model.training
     model.eval().to(device)
     with torch.inference_mode():
@@ -359,51 +344,18 @@ def predict(model: nn.Module, batches: data.Batches) -> pd.DataFrame:
 # Recipes ----------------------------------------------------------------------------------------
 
 
-def images_of(recipe: Recipe, split: pd.DataFrame, stage: Stage | None = None) -> pd.DataFrame:
-    """The rows of `split` that a recipe, or one of its stages, learns from and is tested on.
-
-    TrainingError where nothing can be learned: one class only in train, or no dev image to stop by.
-    """
-    fraction = recipe.fraction if stage is None or stage.fraction is None else stage.fraction
+def images_of(recipe: Recipe, split: pd.DataFrame, stage: Stage) -> pd.DataFrame:
+    """Choose a stage's images: its fraction of the train and dev patients, the recipe's body parts."""
+    fraction = recipe.fraction if stage.fraction is None else stage.fraction
     films: Any = data.sample_patients(split, fraction)
-    films = films[films["body_part"].isin(recipe.parts or data.BODY_PARTS)]
-    train, dev = (films[films["split"].eq(name)] for name in ("train", "dev"))
-    which, remedy = " and ".join(recipe.parts or ["the index"]), "Take more patients, or another split."
-    if (classes := train["label"].nunique()) < 2:
-        raise TrainingError(f"In train, {which} has {len(train)} images of {classes} class. {remedy}")
-    if dev.empty and any(one.patience is not None for one in recipe.stages):
-        raise TrainingError(f"In dev, {which} has no image to stop by. {remedy} Or set patience=None.")
-    return films
-
-
-def batches_of(
-    recipe: Recipe, films: pd.DataFrame, store: data.PixelStore, target: str = "label", workers: int = 2
-) -> dict[str, data.Batches]:
-    """The recipe's batches of these images by split: "train", "dev" and "test", where there are any."""
-    options: Any = {
-        "batch_size": recipe.batch_size,
-        "seed": recipe.seed,
-        "workers": workers,
-        "layout": "nchw",
-    }
-    options |= {"scale": models.BACKBONES[recipe.backbone].scale}
-    options |= {"target": ("label", "body_part") if target == "both" else target}
-    fitting = {"shuffle": True, "augment": data.AUGMENTS[recipe.augment]}
-    return {
-        str(name): data.Batches(store, rows, **options | (fitting if name == "train" else {}))
-        for name, rows in films.groupby("split", sort=False)
-    }
+    return films[films["body_part"].isin(recipe.parts or data.BODY_PARTS)]
 
 
 def build(recipe: Recipe, weights: str) -> ImageClassifier:
-    """The model of a recipe before its first stage; `weights` and errors as `models.backbone`."""
-    if recipe.dropout or any(stage.plateau for stage in recipe.stages):
-        raise TrainingError("The PyTorch half has neither dropout nor a plateau: they are Keras's half's.")
+    """Build a recipe's model as before its first stage; `weights` and errors as `models.backbone`."""
     first = recipe.stages[0]
     torch.manual_seed(recipe.seed)
-    module = models.backbone(recipe.backbone, weights)
-    torch.manual_seed(recipe.seed)  # a head does not depend on how the backbone was filled
-    return ImageClassifier(recipe.backbone, module, first.head or (), OUTPUTS[first.target], first.frozen)
+    return models.classifier(recipe.backbone, first.head or (), first.frozen, weights, OUTPUTS[first.target])
 
 
 def train_stages(
@@ -411,29 +363,30 @@ def train_stages(
 ) -> tuple[ImageClassifier, pd.DataFrame, pd.DataFrame]:
     """Train a recipe's stages one after the other: (model, history, predictions on test)."""
     store = data.PixelStore.open_or_build(split, recipe.size, profile.workers)
+    options: Any = {"batch_size": recipe.batch_size, "seed": recipe.seed, "workers": profile.workers}
     model, histories, sets = build(recipe, weights), [], {}
     for number, stage in enumerate(recipe.stages, start=1):
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.seed)  # a new head does not depend on what came before
         if stage.head is not None:
             model.put_head(stage.head, OUTPUTS[stage.target])
         model.freeze(stage.frozen)
         films = images_of(recipe, split, stage)
-        sets = batches_of(recipe, films, store, stage.target, profile.workers)
-        learner, train, dev = model, sets["train"], sets.get("dev")
+        y = ("label", "body_part") if stage.target == "both" else stage.target
+        sets = data.kn_datasets(films, store, scale=model.expected_scale, target=y, **options)
+        sets["train"].augment = data.AUGMENTS[recipe.augment]
+        learner, train, dev = model, sets["train"], sets.get("validation")
         if stage.frozen:  # features once, then the head alone
             extractor = models.TorchExtractor(recipe.backbone, model.backbone)
             learner, train = model.head, features.extract(extractor, train, stage.views)
             dev = features.extract(extractor, dev) if dev else None
         folder = _folder(recipe, number, films, weights, workdir)
-        history = fit(learner, train, dev, stage, folder, **trainer_options)
-        histories.append(history.assign(stage=number))
+        histories.append(fit(learner, train, dev, stage, folder, **trainer_options).assign(stage=number))
     history = pd.concat(histories, ignore_index=True)
-    history["epoch"] = range(1, len(history) + 1)
-    return model, history, predict(model, sets["test"])
+    return model, history.assign(epoch=range(1, len(history) + 1)), predict(model, sets["test"])
 
 
 def _folder(recipe: Recipe, number: int, films: pd.DataFrame, weights: str, workdir: Path) -> Path:
-    """Where a stage is trained: the last in `workdir`, others where recipes that begin alike find them."""
+    """Choose a stage's folder: the last has `workdir`, others are found by recipes that begin alike."""
     if number == len(recipe.stages):
         return workdir
     begun = recipe.config() | {"stages": [asdict(stage) for stage in recipe.stages[:number]]}
@@ -450,7 +403,7 @@ def train(
     root: str | Path | None = None,
     **trainer_options: Any,
 ) -> runs.Run:
-    """The finished run of this recipe on these data: found, or trained now, stage by stage.
+    """Find the finished run of this recipe on these data, or train it now, stage by stage.
 
     Parameters
     ----------
@@ -478,8 +431,14 @@ def train(
     Raises
     ------
     TrainingError
-        As `fit` and `images_of`.
+        As `fit`; a recipe with dropout or a plateau.
+    DataError
+        No train or no test images of the recipe's body parts.
     """
+    if recipe.dropout or any(stage.plateau for stage in recipe.stages):
+        raise TrainingError(
+            "torch_tools has neither dropout nor a plateau: train this recipe with keras_tools."
+        )
     start = weights or models.find_weights(recipe.backbone, profile)
     half = profile.mixed_precision and torch.cuda.is_available()
     options = {"precision": "16-mixed" if half else "32-true"} | trainer_options

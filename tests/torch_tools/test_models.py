@@ -164,20 +164,22 @@ def test_each_image_is_answered_by_the_specialist_that_the_router_picks(system):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda router, some: (router, {p: m for p, m in some.items() if p != "HAND"}), "7 outputs.*HAND"),
-        (lambda router, some: (router, some | {"KNEE": some["HAND"]}), "KNEE"),
-        (lambda router, some: (some["HAND"], some), "These: 1"),
-        (lambda router, some: (router, some | {"HAND": router}), "'HAND': 7"),
-        (lambda router, some: (router, some | {"HAND": classifier(1)}), "one frozen backbone"),
-        (lambda router, some: (classifier(7, frozen=False), some), "one frozen backbone"),
+        lambda router, some: (router, {part: model for part, model in some.items() if part != "HAND"}),
+        lambda router, some: (router, some | {"KNEE": some["HAND"]}),
+        lambda router, some: (some["HAND"], some),
+        lambda router, some: (router, some | {"HAND": router}),
+        lambda router, some: (router, some | {"HAND": classifier(1)}),  # a backbone of its own
+        lambda router, some: (classifier(7, frozen=False), some),
     ],
 )
-def test_a_system_that_does_not_fit_together_is_refused(change, message):
+def test_a_system_that_does_not_fit_together_is_refused(change):
     shared = Tiny()
     specialists = {part: classifier(1, module=shared) for part in data.BODY_PARTS}
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(
+        ModelError, match="router with 7 outputs.*HAND.*specialist with 1.*one frozen backbone"
+    ):
         router.Routed(*change(classifier(7, module=shared), specialists))
 
 
