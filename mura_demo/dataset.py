@@ -327,7 +327,7 @@ def _render(partial: Path, order: dict[str, Any], planned: list[Study], workers:
     workers = max(1, min(workers, len(todo)))
     with (
         ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool,
-        tqdm(total=sum(len(s.views) for s in todo.values()), desc="films", unit=" films") as bar,
+        tqdm(total=sum(len(s.views) for s in todo.values()), desc="films", unit=" films", leave=False) as bar,
     ):
         try:
             with _without_main():
