@@ -53,8 +53,8 @@ styled: Any = plt.rc_context(STYLE)
 PANELS = {
     "loss": ("Loss", "cross-entropy", 0.0),
     "accuracy": ("Accuracy", "fraction of images", 0.47),
-    "auc": ("AUC", "area under the ROC curve", 0.47),
-    "kappa": ("Cohen's kappa", "agreement beyond chance", -0.04),
+    "auc": ("AUC", "area under the curve", 0.47),
+    "kappa": ("Cohen's kappa", "beyond chance", -0.04),
     "f1": ("Macro F1", "mean over body parts", 0.0),
 }
 """Panels of `learning_curves`: column of the history -> title, what the axis measures, where it starts."""
@@ -98,7 +98,7 @@ def learning_curves(
             f"Not every history has {', '.join(sorted(lacking)) or 'one column of PANELS'}."
         )
     nrows = (len(panels) + 1) // 2
-    size = (WIDTH, 0.9 + 2.5 * nrows)
+    size = (WIDTH, 1.2 + 2.4 * nrows)
     figure, axes = plt.subplots(nrows, min(2, len(panels)), figsize=size, squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for number, (name, history) in enumerate(by_name.items()):
@@ -295,6 +295,7 @@ def _matrix(axis: Axes, rows: pd.DataFrame, threshold: float, fontsize: int) -> 
         text = f"{counts[truth, call]:,}\n{fractions[truth, call]:.0%}" if counts[truth].sum() else "0"
         axis.text(call, truth, text, ha="center", va="center", fontsize=fontsize)
     axis.axhline(0.5, color="white", linewidth=3)
+    axis.axvline(0.5, color="white", linewidth=3)
     axis.set_xticks((0, 1), WORDS)
     axis.set_yticks((0, 1), WORDS, rotation=90, va="center")
     axis.tick_params(length=0)
@@ -328,7 +329,7 @@ def _bars(tables: Mapping[str, pd.DataFrame], metric: str, colours: Sequence) ->
 
 def _legend(figure: Figure, axis: Axes, names: Mapping[str, Any], title: str | None = None) -> None:
     """Write the names above the figure, as many in a line as find room."""
-    ncols = max(1, 90 // (8 + max(map(len, names))))
+    ncols = max(1, 96 // (8 + max(map(len, names))))
     handles = axis.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper right", ncols=ncols, title=title)
 

@@ -16,16 +16,10 @@ from mura_course.errors import PredictionsError
 
 def make(labels, probabilities, patients=None, parts="HAND", views_per_study=1):
     """Predictions with one row per label; patients default to one per row."""
-    n = len(labels)
-    patients = np.arange(n) if patients is None else np.asarray(patients)
-    table = pd.DataFrame(
-        {"body_part": parts, "patient": patients, "label": labels, "probability": probabilities}
-    )
-    study = pd.Series(np.arange(n) // views_per_study)
-    table["study"] = (
-        table["body_part"] + "/patient" + table["patient"].astype(str) + "/study" + study.astype(str)
-    )
-    return table
+    patients = np.arange(len(labels)) if patients is None else np.asarray(patients)
+    study = [f"{parts}/patient{p}/study{i // views_per_study}" for i, p in enumerate(patients)]
+    columns = {"body_part": parts, "patient": patients, "study": study}
+    return pd.DataFrame(columns | {"label": labels, "probability": probabilities})
 
 
 def simulate(patients, rng, between=1.0):
@@ -38,19 +32,17 @@ def simulate(patients, rng, between=1.0):
     return make(label, 1 / (1 + np.exp(-logit)), patient)
 
 
-def reference(label, probability, weight=None):
+def reference(label, probability):
     """scikit-learn's answers; NaN where there is none."""
-    called = np.asarray(probability) > 0.5
-    both, one_call = len(set(label)) == 2, len(set(label) | set(called)) == 1
-    kw = {"sample_weight": weight}
-    nan = float("nan")
+    called, nan = np.asarray(probability) > 0.5, float("nan")
+    one_call = len(set(label) | set(called)) == 1
     return {
-        "accuracy": sk.accuracy_score(label, called, **kw),
-        "auroc": sk.roc_auc_score(label, probability, **kw) if both else nan,
-        "kappa": nan if one_call else sk.cohen_kappa_score(label, called, **kw),
-        "sensitivity": sk.recall_score(label, called, zero_division=np.nan, **kw),
-        "specificity": sk.recall_score(label, called, pos_label=0, zero_division=np.nan, **kw),
-        "f1": sk.f1_score(label, called, zero_division=np.nan, **kw),
+        "accuracy": sk.accuracy_score(label, called),
+        "auroc": sk.roc_auc_score(label, probability) if len(set(label)) == 2 else nan,
+        "kappa": nan if one_call else sk.cohen_kappa_score(label, called),
+        "sensitivity": sk.recall_score(label, called, zero_division=nan),
+        "specificity": sk.recall_score(label, called, pos_label=0, zero_division=nan),
+        "f1": sk.f1_score(label, called, zero_division=nan),
     }
 
 
@@ -87,23 +79,6 @@ def test_every_resample_equals_scikit_learn_with_weights(rows, seed):
                 assert found[metric][i] == pytest.approx(expected, nan_ok=True, abs=1e-12), metric
 
 
-def test_interval_is_the_percentile_interval_over_patients():
-    """Against a plain loop: draw patients, put all their images together, score, take percentiles."""
-    predictions = simulate(60, np.random.default_rng(3))
-    label, probability = predictions["label"].to_numpy(), predictions["probability"].to_numpy()
-    rng, images = np.random.default_rng(0), list(predictions.groupby("patient").indices.values())
-    drawn = []
-    for _ in range(800):
-        rows = np.concatenate([images[i] for i in rng.integers(len(images), size=len(images))])
-        abnormal, ranks = label[rows] == 1, rankdata(probability[rows])
-        mann_whitney = ranks[abnormal].sum() - abnormal.sum() * (abnormal.sum() + 1) / 2
-        drawn.append(mann_whitney / (abnormal.sum() * (~abnormal).sum()))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    auroc = metrics.image_report(predictions, samples=4000).loc["OVERALL", "auroc"]
-    assert auroc["low"] == pytest.approx(low, abs=0.02)
-    assert auroc["high"] == pytest.approx(high, abs=0.02)
-
-
 def test_intervals_cover_the_truth():
     """Of 95 % intervals on 100 simulated data sets, roughly 95 % hold the true AUROC; by image far fewer."""
     rng = np.random.default_rng(7)
@@ -127,27 +102,24 @@ def test_intervals_cover_the_truth():
 def test_shape_counts_and_provenance():
     predictions = make([0, 1, 1, 0, 1, 0], [0.1, 0.9, 0.4, 0.6, 0.7, 0.2], [1, 1, 2, 2, 3, 3])
     predictions["body_part"] = pd.Categorical(
-        ["WRIST", "WRIST", "HAND", "HAND", "WRIST", "WRIST"], ["ELBOW", "HAND", "WRIST"]
+        ["WRIST"] * 2 + ["HAND"] * 2 + ["WRIST"] * 2, ["ELBOW", "HAND", "WRIST"]
     )
     predictions.attrs = {"data": "MURA-demo", "is_demo": True, "weights": "random", "irrelevant": 1}
     report = metrics.image_report(predictions, samples=50)
     assert list(report.index) == ["HAND", "WRIST", "OVERALL"]  # a part with no image has no row
-    assert report["n"].tolist() == [2, 4, 6]
-    assert report["patients"].tolist() == [1, 2, 3]
-    assert report["positives"].tolist() == [1, 2, 3]
-    assert set(report["level"]) == {"image"}
+    counts = report[["level", "n", "patients", "positives"]].T.to_numpy().tolist()
+    assert counts == [["image"] * 3, [2, 4, 6], [1, 2, 3], [1, 2, 3]]
     assert list(report["auroc"].columns) == ["value", "low", "high", "resamples"]
     assert report.loc["OVERALL", ("accuracy", "value")] == pytest.approx(4 / 6)
-    assert report.attrs["data"] == "MURA-demo" and report.attrs["weights"] == "random"
+    assert {"data": "MURA-demo", "weights": "random"}.items() <= report.attrs.items()
     assert report.attrs["level"] == "image" and "irrelevant" not in report.attrs
     predictions.attrs = {"name": "MURA-v1.1", "is_demo": False}  # as an index says it
     assert metrics.study_report(predictions, samples=5).attrs["data"] == "MURA-v1.1"
 
 
 def test_study_probability_is_the_mean_over_views():
-    predictions = make(
-        [1, 1, 1, 0, 0, 0], [0.2, 0.3, 0.95, 0.6, 0.3, 0.3], [1, 1, 1, 2, 2, 2], views_per_study=3
-    )
+    probabilities = [0.2, 0.3, 0.95, 0.6, 0.3, 0.3]
+    predictions = make([1, 1, 1, 0, 0, 0], probabilities, [1, 1, 1, 2, 2, 2], views_per_study=3)
     studies = metrics.study_predictions(predictions)
     assert studies["probability"].tolist() == pytest.approx([1.45 / 3, 0.4])
     assert studies["views"].tolist() == [3, 3] and studies["label"].tolist() == [1, 0]
@@ -158,8 +130,7 @@ def test_study_probability_is_the_mean_over_views():
 
 
 def test_order_of_rows_and_other_parts_change_nothing():
-    rng = np.random.default_rng(0)
-    predictions = simulate(40, rng)
+    predictions = simulate(40, np.random.default_rng(0))
     predictions["body_part"] = np.where(predictions["patient"] % 2, "HAND", "WRIST")
     report = metrics.image_report(predictions, samples=100)
     shuffled = metrics.image_report(predictions.sample(frac=1, random_state=1), samples=100)
@@ -234,36 +205,13 @@ def test_only_the_same_images_are_compared(change, message):
         metrics.paired_difference(a, a, level="film")
 
 
-def test_one_class_is_undefined_and_said():
+def test_one_class_is_undefined_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would land in the chapter
-        report = metrics.image_report(make([0, 0, 0], [0.1, 0.2, 0.3]), samples=30)
-    row = report.loc["OVERALL"]
+        row = metrics.image_report(make([0, 0, 0], [0.1, 0.2, 0.3]), samples=30).loc["OVERALL"]
     for metric in ("auroc", "kappa", "sensitivity", "f1"):
-        assert np.isnan(row[metric][["value", "low", "high"]].astype(float)).all()
-        assert row[metric]["resamples"] == 0
+        assert row[metric][["value", "low", "high"]].isna().all() and row[metric]["resamples"] == 0
     assert row["accuracy"][["value", "low", "high"]].tolist() == [1, 1, 1]
-
-
-def test_undefined_resamples_are_left_out_and_counted():
-    """One abnormal patient among four: missing from (3/4)^4 of the resamples."""
-    report = metrics.image_report(make([1, 0, 0, 0], [0.9, 0.1, 0.2, 0.95]), samples=2000)
-    auroc = report.loc["OVERALL", "auroc"]
-    only_normal, only_abnormal = (3 / 4) ** 4, (1 / 4) ** 4
-    assert auroc["resamples"] / 2000 == pytest.approx(1 - only_normal - only_abnormal, abs=0.04)
-    assert not np.isnan(auroc["low"])
-
-
-def test_constant_predictions_have_kappa_zero_and_auroc_one_half():
-    row = metrics.image_report(make([0, 1, 0, 1], [0.3] * 4), samples=10).loc["OVERALL"]
-    assert row["kappa"]["value"] == 0 and row["auroc"]["value"] == 0.5
-
-
-def test_threshold_is_exclusive_and_moves_calls_only():
-    predictions = make([0, 1], [0.5, 0.6])
-    assert metrics.image_report(predictions, samples=1).loc["OVERALL", ("accuracy", "value")] == 1
-    stricter = metrics.image_report(predictions, threshold=0.6, samples=1).loc["OVERALL"]
-    assert stricter["accuracy"]["value"] == 0.5 and stricter["auroc"]["value"] == 1
 
 
 @pytest.mark.parametrize(
