@@ -5,12 +5,24 @@ what it must hold.
 """
 
 # ruff: noqa: F401 - the room's public names
+from .batches import (
+    AUGMENTS,
+    KL_AUGMENT,
+    KN_AUGMENT,
+    SCALES,
+    Augment,
+    Batches,
+    autocontrast,
+    check_scale,
+    kl_datasets,
+    kn_datasets,
+    rotate,
+)
 from .index import (
     BODY_PARTS,
     COLUMNS,
     SPLITS,
     describe,
-    distribution_table,
     find_root,
     fingerprint,
     image_path,
@@ -20,3 +32,4 @@ from .index import (
     pixel_key,
 )
 from .splits import sample_patients, split_dev
+from .store import PixelStore, read_image, resize

@@ -10,11 +10,10 @@ import io
 import os
 import re
 import stat
-import struct
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
@@ -22,30 +21,16 @@ from tqdm import tqdm  # not tqdm.auto: it warns where ipywidgets are missing
 
 from .. import disk, paths
 from ..errors import DataError, DataNotFoundError, MuraError, printable
-from .index import BODY_PARTS, SPLITS, few, find_root, load_index
+from .index import SPLITS, few, find_root, load_index
 
-COUNTS = ["normal images", "abnormal images", "normal studies", "abnormal studies", "patients"]
-_PUBLISHED = {  # counted from the CSV files that Stanford published: COUNTS of train, then of valid
-    "ELBOW": (2925, 2006, 1094, 660, 1711, 235, 230, 92, 66, 152),
-    "FINGER": (3138, 1968, 1280, 655, 1865, 214, 247, 92, 83, 166),
-    "FOREARM": (1164, 661, 590, 287, 865, 150, 151, 69, 64, 129),
-    "HAND": (4059, 1484, 1497, 521, 1945, 271, 189, 101, 66, 159),
-    "HUMERUS": (673, 599, 321, 271, 587, 148, 140, 68, 67, 132),
-    "SHOULDER": (4211, 4168, 1364, 1457, 2694, 285, 278, 99, 95, 173),
-    "WRIST": (5765, 3987, 2134, 1326, 3267, 364, 295, 140, 97, 207),
-}
-_CELLS = pd.MultiIndex.from_product([SPLITS.values(), BODY_PARTS], names=["split", "body_part"])
-_NUMBERS = [_PUBLISHED[part][5 * side : 5 * side + 5] for side in (0, 1) for part in BODY_PARTS]
-MURA = pd.DataFrame(_NUMBERS, _CELLS, COUNTS)  # what `counts` gives for MURA v1.1
-
+# What `counts` gives for MURA v1.1, counted from the CSV files that Stanford published.
+MURA = pd.read_csv(Path(__file__).with_name("mura_v1.1.csv"), index_col=["split", "body_part"])
 REMEDIES = {
     "index unusable": "Solve this first: names and numbers are compared after that.",
     "file that no CSV file names": "No chapter reads it. Remove it, or add it to the CSV files.",
     "number that is not MURA's": "If it should be, unpack the archive again. Else scores are not comparable.",
-    "image that cannot be used": "Take it from the archive, or download that again. Demo data: render them again.",
+    "image that cannot be used": "Take it from the archive, or download it again. Demo data: render again.",
 }
-# What reading a damaged zip file raises: its headers and its data may be anything.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OSError)
 
 
 def check(
@@ -115,23 +100,27 @@ def report(table: pd.DataFrame) -> str:
 
 
 def counts(index: pd.DataFrame) -> pd.DataFrame:
-    """Count images, studies and patients by split and body part: int64 (14, 5), columns `COUNTS`.
+    """Count images, studies and patients by split and body part: int64 (14, 5).
 
-    A patient counts in each of their body parts. `MURA` holds what this gives for MURA v1.1.
+    A patient counts in each of their body parts. Rows and columns are those of `MURA`.
     """
-    rows = index.astype({"body_part": str})
-    by_label = rows.groupby(["split", "body_part", "label"])[["path", "study"]].nunique().unstack()
-    table = by_label.reindex(columns=pd.MultiIndex.from_product([["path", "study"], [0, 1]]))
-    table["patients"] = rows.groupby(["split", "body_part"])["patient"].nunique()
-    return table.set_axis(COUNTS, axis=1).reindex(_CELLS).fillna(0).astype("int64")
+    flags = {
+        f"{name} {what}": index["label"].eq(label) & counted
+        for what, counted in (("images", True), ("studies", ~index.duplicated("study")))
+        for label, name in enumerate(("normal", "abnormal"))
+    }
+    flags["patients"] = ~index.duplicated(["split", "body_part", "patient"])
+    sums: Any = pd.DataFrame(flags).groupby([index["split"], index["body_part"].astype(str)]).sum()
+    return sums.reindex(MURA.index, fill_value=0).astype("int64")
 
 
 def _differences(index: pd.DataFrame) -> list[str]:
-    pairs = pd.concat([counts(index).stack(), MURA.stack()], axis=1).itertuples()
+    held = counts(index).to_dict("index")
     return [
-        f"{split} {part}: {has:,} {what} instead of {wants:,}"
-        for (split, part, what), has, wants in pairs
-        if has != wants
+        f"{' '.join(map(str, cell))}: {held[cell][what]:,} {what} instead of {wants:,}"
+        for cell, row in MURA.to_dict("index").items()
+        for what, wants in row.items()
+        if held[cell][what] != wants
     ]
 
 
@@ -189,39 +178,33 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
         raise DataError(f"{target} exists already. Check it, or unpack elsewhere: --out FOLDER.")
     try:
         with zipfile.ZipFile(archive) as packed:
-            members = _members(archive, packed)
+            _refuse_unsafe(archive, packed)
             with disk.atomic(target, "") as beside:
-                disk.require_room(beside.parent, sum(info.file_size for info in members), "")
-                for info in tqdm(members, "Unpacking", leave=False, unit="file"):
+                disk.require_room(beside.parent, sum(info.file_size for info in packed.infolist()), "")
+                for info in tqdm(packed.infolist(), "Unpacking", leave=False, unit="file"):
                     packed.extract(info, beside)
     except MuraError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # zipfile raises many kinds on damage
         raise DataError(f"{archive} cannot be unpacked ({error}). Download it again.") from error
     return find_root(target)
 
 
-def _members(archive: Path, packed: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the files to unpack, with names that are safe; DataError before anything is written."""
-    members: dict[str, zipfile.ZipInfo] = {}
+def _refuse_unsafe(archive: Path, packed: zipfile.ZipFile) -> None:
+    """Raise DataError, before anything is written, unless the names in the archive are safe, and MURA's."""
+    seen: set[str] = set()
     for info in packed.infolist():
-        name, problem = PurePosixPath(info.filename.replace("\\", "/")), ""
-        if name.is_absolute() or ".." in name.parts or ":" in str(name) or not str(name).isprintable():
+        name, parts = info.filename, PurePosixPath(info.filename).parts
+        place = "/".join(parts).lower()  # on some systems, upper and lower case name the same file
+        if name.startswith("/") or {"..", *"\\:"} & {*parts, *name} or not name.isprintable():
             problem = "leads out of the folder"
         elif stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             problem = "is a link or a device"
-        elif info.flag_bits & 1:
-            problem = "is encrypted"
-        elif str(name).lower() in members:  # on some systems, upper and lower case name the same file
+        elif place in seen:
             problem = "stands there twice"
-        if problem:
-            raise DataError(
-                f"{archive}: {info.filename!r} {problem}; nothing was unpacked. Download it again."
-            )
-        hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
-        if not (info.filename.endswith(("/", "\\")) or hidden):
-            info.filename = str(name)
-            members[info.filename.lower()] = info
-    if not any(re.search(r"(^|/)train(_image_paths\.csv$|/xr_)", name) for name in members):
+        else:
+            seen.add(place)
+            continue
+        raise DataError(f"{archive}: {name!r} {problem}; nothing was unpacked. Download it again.")
+    if not any(re.search(r"(^|/)train(_image_paths\.csv$|/xr_)", place) for place in seen):
         raise DataError(f"{archive} holds no data in MURA's layout. Name the archive that you downloaded.")
-    return list(members.values())

@@ -14,11 +14,12 @@ import re
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from .. import disk, paths, profiles
-from ..errors import DataError, DataNotFoundError, DiskError, MuraError, printable
+from ..errors import DataError, DataNotFoundError, DiskError, printable
 
 BODY_PARTS = ("ELBOW", "FINGER", "FOREARM", "HAND", "HUMERUS", "SHOULDER", "WRIST")
 COLUMNS = ("path", "split", "body_part", "patient", "study", "view", "label")
@@ -30,13 +31,14 @@ MOUNTS = ("kaggle/input/*", "kaggle/input/datasets/*/*", "content", "content/dri
 DEMO_FILES = ("truth.csv", "manifest.json", "manifest.csv")  # rendered data have all three, MURA none
 TEXT_REMOVED = "removed_text.json"  # in a folder whose text was removed (chapter 2)
 RENDER = "Render the demo data again (mura-course demo)."
+CLEAN = "Remove the text again (mura-course remove-text)."
 ORIGINAL = "Correct the file, or take it from the original archive."
 
 _STUDY = (
     rf"(?:^|/)(?P<folder>{{folder}}/XR_(?P<body_part>{'|'.join(BODY_PARTS)})"
     r"/(?P<patient_folder>patient(?P<patient>\d{{1,9}}))/(?P<study_name>study\d+)_(?P<sign>positive|negative))"
 )
-_IMAGE = _STUDY + r"/(?P<image>image(?P<view>\d{{1,9}})\.(?i:png))$"
+_IMAGE = _STUDY + r"/(?P<image>image(?P<view>\d{{1,9}})\.png)$"
 _LABEL = _STUDY + r"/?\s*,\s*(?P<label>[01])(?:\.0*)?$"
 
 
@@ -84,14 +86,13 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
 
 
 def _root_below(folder: Path, source: str) -> Path:
-    if not folder.is_dir():
-        reason = "is a file. Unpack it, and name the folder" if folder.exists() else "does not exist. Mend it"
-        raise DataNotFoundError(f"The data folder {folder} ({source}) {reason}.")
     found = _candidates(folder)
     if not found:
+        problem = "is a file" if folder.is_file() else "holds no data in MURA's layout"
+        problem = problem if folder.exists() else "does not exist"
         raise DataNotFoundError(
-            f"{folder} ({source}) holds no data in MURA's layout: train_image_paths.csv is neither there nor "
-            "one or two folders down. Name the folder that the archive was unpacked into."
+            f"{folder} ({source}) {problem}. Name the folder that the archive was unpacked into: "
+            "train_image_paths.csv lies there, or one or two folders down."
         )
     if len(found) > 1:
         raise DataError(f"{folder} ({source}) holds {len(found)} data sets. Name one of them:{few(found)}")
@@ -128,7 +129,7 @@ def load_index(root: str | os.PathLike | None = None, *, quiet: bool = False) ->
     Returns
     -------
     DataFrame
-        Columns ``path`` (str, relative to the root, as on disk), ``split`` (``train`` or ``test``),
+        Columns ``path`` (str, relative to the root), ``split`` (``train`` or ``test``),
         ``body_part`` (categorical of `BODY_PARTS`), ``patient`` (int64), ``study`` (str, unique:
         ``HAND/patient00011/study1``), ``view`` (int64), ``label`` (int64: 0 normal, 1 abnormal).
         ``attrs``: ``root`` (str), ``name`` (``MURA-v1.1`` or ``MURA-demo``, and ``-no-text`` where chapter 2
@@ -145,7 +146,7 @@ def load_index(root: str | os.PathLike | None = None, *, quiet: bool = False) ->
     rows = pd.concat([_read_side(root, *side) for side in SPLITS.items()])
     people = rows.drop_duplicates(["patient", "split"])
     remedy = "Scores on the test set come out too good. Take their lines out of one side's CSV files."
-    _refuse(root, people[people.duplicated("patient")], "a patient in both train and valid", remedy)
+    _refuse(root, people, people.duplicated("patient"), "a patient in both train and valid", remedy)
     is_demo = bool(any((root / name).is_file() for name in DEMO_FILES) or rows["from_demo"].any())
     if is_demo and not (root / "truth.csv").is_file():
         remedy = f"{RENDER} If these are MURA's films, remove {', '.join(DEMO_FILES[1:])} there."
@@ -156,13 +157,10 @@ def load_index(root: str | os.PathLike | None = None, *, quiet: bool = False) ->
     else:
         content = _hash(f"{path}\t{size}" for path, size in zip(rows["path"], rows["bytes"], strict=True))
     if (root / TEXT_REMOVED).is_file():
-        remedy = "Remove the text again (mura-course remove-text)."
-        name, content = (
-            name + "-no-text",
-            content + _record(root / TEXT_REMOVED, ("detector", "versions"), remedy),
-        )
-    index = rows.assign(body_part=pd.Categorical(rows["body_part"], list(BODY_PARTS)))
-    index = index[list(COLUMNS)].reset_index(drop=True)
+        name += "-no-text"
+        content += _record(root / TEXT_REMOVED, ("detector", "versions"), CLEAN)
+    rows["body_part"] = pd.Categorical(rows["body_part"], list(BODY_PARTS))
+    index = rows.loc[:, list(COLUMNS)].reset_index(drop=True)
     index.attrs = {"root": str(root), "name": name, "is_demo": is_demo, "content": content}
     if not quiet:
         print(f"Data: {describe(index)}")
@@ -182,20 +180,18 @@ def _read_side(root: Path, folder: str, split: str) -> pd.DataFrame:
     images = _parse(image_file, _IMAGE, folder, "image<N>.png")
     studies = _parse(label_file, _LABEL, folder, ",<0 or 1>")
     contradicts = studies["label"].eq("1") != studies["sign"].eq("positive")
-    _refuse(label_file, studies[contradicts], "a label contradicts its folder name")
+    _refuse(label_file, studies, contradicts, "a label contradicts its folder name")
     # The sign is left out of the key: one study cannot be both positive and negative.
     twice = studies.duplicated(["body_part", "patient_folder", "study_name"], keep=False)
-    _refuse(label_file, studies[twice], "a study is listed more than once")
+    _refuse(label_file, studies, twice, "a study is listed more than once")
     unlabelled = ~images["folder"].isin(studies["folder"])
-    _refuse(image_file, images[unlabelled], f"a study has no label in {label_file.name}")
+    _refuse(image_file, images, unlabelled, f"a study has no label in {label_file.name}")
     files = list_files(root, images["folder"].unique())
-    # As the disk spells it: ``.png`` may be ``.PNG`` there.
-    path, any_case = images["folder"] + "/" + images["image"], {name.lower(): name for name in files}
-    images["path"] = path.where(path.isin(list(files)), path.str.lower().map(any_case))
+    images["path"] = images["folder"] + "/" + images["image"]
     remedy = "Unpack the archive again, or take these lines out."
-    _refuse(image_file, images[images["path"].isna()], "images absent", remedy, DataNotFoundError)
-    twice = images["path"].duplicated(keep=False)
-    _refuse(image_file, images[twice], "an image is listed more than once")
+    _refuse(image_file, images, ~images["path"].isin(list(files)), "images absent", remedy, DataNotFoundError)
+    twice = images.duplicated("path", keep=False)
+    _refuse(image_file, images, twice, "an image is listed more than once")
     images["bytes"] = [files[path].st_size for path in images["path"]]
     images["study"] = images["body_part"] + "/" + images["patient_folder"] + "/" + images["study_name"]
     images["label"] = images["sign"].eq("positive")
@@ -222,17 +218,17 @@ def _parse(file: Path, pattern: str, folder: str, ending: str) -> pd.DataFrame:
     rows = rows.assign(line=lines, from_demo=lines.str.startswith("MURA-demo/"))
     form = f"{folder}/XR_<PART>/patient<NNNNN>/study<N>_<positive or negative>/{ending}"
     remedy = f"The form is {form}, with a <PART> of {', '.join(BODY_PARTS)}. {ORIGINAL}"
-    _refuse(file, rows[rows["folder"].isna()], "malformed", remedy)
+    _refuse(file, rows, rows["folder"].isna(), "malformed", remedy)
     return rows
 
 
 def _refuse(
-    file: Path, bad: pd.DataFrame, problem: str, remedy: str = ORIGINAL, error: type[MuraError] = DataError
+    file: Path, rows: pd.DataFrame, bad: Any, problem: str, remedy: str = ORIGINAL, error: type = DataError
 ) -> None:
-    """Raise `error` if there is a `bad` row: the file, the problem with its remedy, the first few lines."""
-    if len(bad):
-        lines = [f"line {number}: {line}" for number, line in bad["line"].items()]
-        raise error(f"{file}: {len(bad):,} lines: {problem}. {remedy}{few(lines)}")
+    """Raise `error` if any row is `bad`: the file, the problem with its remedy, the first few lines."""
+    if bad.any():
+        lines = [f"line {number}: {line}" for number, line in rows.loc[bad, "line"].items()]
+        raise error(f"{file}: {len(lines):,} lines: {problem}. {remedy}{few(lines)}")
 
 
 def list_files(root: Path, folders: Iterable[str]) -> dict[str, os.stat_result]:
@@ -332,25 +328,10 @@ def load_truth(index: pd.DataFrame) -> pd.DataFrame:
     if not index.attrs["is_demo"]:
         raise DataError(f"{index.attrs['name']} has no truth.csv: only demo data know their findings.")
     try:
-        truth = pd.read_csv(file, keep_default_na=False).set_index("path", verify_integrity=True)
+        truth = pd.read_csv(file, keep_default_na=False).drop_duplicates("path").set_index("path")
         return truth.loc[index["path"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{file} cannot be used ({error}). {RENDER}") from error
-
-
-def distribution_table(index: pd.DataFrame, split: str = "train") -> pd.DataFrame:
-    """Images by body part and label, exactly as the KL report's Figure 4 shows them (chapter 1).
-
-    Returns
-    -------
-    DataFrame
-        Columns ``type`` (``XR_ELBOW``), ``path`` (images in all), ``positives`` and ``negatives``.
-    """
-    images = index[index["split"].eq(split)]
-    counts = images.groupby("body_part", observed=True)["label"].agg(path="size", positives="sum")
-    counts["negatives"] = counts["path"] - counts["positives"]
-    counts.insert(0, "type", "XR_" + counts.index.astype(str))
-    return counts.reset_index(drop=True)
 
 
 def _record(file: Path, keys: tuple[str, ...], remedy: str) -> str:

@@ -50,9 +50,9 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
     one_of("by", by, ("patient", "image"))
     if not 0 < fraction <= 0.5:
         raise DataError(f"fraction={fraction!r}: it must lie above 0 and be at most 0.5, for example 0.1.")
-    if index["split"].eq("dev").any():
+    if "dev" in set(index["split"]):
         raise DataError("This index has a dev set already. Split the index that load_index returns, once.")
-    train = index[index["split"].eq("train")].sort_values("path")
+    train = index.loc[index["split"].eq("train")].sort_values("path")
     strata = (train["body_part"].astype(str) + train["label"].astype(str)).to_numpy()
     part = Fraction(fraction).limit_denominator(20) or Fraction(1, round(1 / fraction))
     splitter = StratifiedGroupKFold if by == "patient" else StratifiedKFold
@@ -85,5 +85,5 @@ def sample_patients(split: pd.DataFrame, fraction: float, seed: int = 0) -> pd.D
         # Sorting draws: a choice that no NumPy version may change.
         order = np.argsort(np.random.default_rng((seed, number)).random(len(patients)), kind="stable")
         chosen = patients[order[: max(2, round(fraction * len(patients)))]]
-        keep |= split["split"].eq(side) & split["patient"].isin(chosen)
-    return split[keep]
+        keep |= split["split"].eq(side) & split["patient"].isin(list(chosen))
+    return split.loc[keep]

@@ -1,0 +1,361 @@
+"""Finding the data and reading their index: every variation in circulation, every error."""
+
+import json
+import os
+import re
+from pathlib import Path
+from unittest.mock import Mock
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from making import STUDIES, make_films, make_index, write_mura
+
+from mura_course import data
+from mura_course.data import index as index_module
+from mura_course.errors import DataError, DataNotFoundError, DiskError, MuraError
+
+MOUNTS = index_module.MOUNTS  # the fixture below empties it
+FIRST = "train/XR_HAND/patient00011/study1_positive/image1.png"
+
+
+@pytest.fixture(autouse=True)
+def _no_data_elsewhere(monkeypatch):
+    monkeypatch.delenv("MURA_DATA", raising=False)
+    monkeypatch.setattr(index_module, "MOUNTS", ())
+
+
+def edit(root: Path, name: str, change) -> Path:
+    """Replace the lines of one CSV file by what `change` makes of them."""
+    file = root / f"{name}.csv"
+    file.write_text("\n".join(change(file.read_text().splitlines())) + "\n")
+    return file
+
+
+def rows_of(index: pd.DataFrame) -> list[tuple]:
+    return list(index.itertuples(index=False, name=None))
+
+
+def expected_rows() -> list[tuple]:
+    """What the index of `STUDIES` holds, written down independently of the parser."""
+    rows = []
+    for folder, part, patient, study, positive, views in STUDIES:
+        place = (
+            f"{folder}/XR_{part}/patient000{patient}/study{study}_{'positive' if positive else 'negative'}"
+        )
+        split, name = "test" if folder == "valid" else "train", f"{part}/patient000{patient}/study{study}"
+        rows += [
+            (f"{place}/image{view}.png", split, part, patient, name, view, int(positive))
+            for view in range(1, views + 1)
+        ]
+    return rows
+
+
+def test_the_index_of_a_small_data_set(mura_folder):
+    index = data.load_index(mura_folder())
+    assert tuple(index.columns) == data.COLUMNS and rows_of(index) == expected_rows()
+    assert isinstance(index.index, pd.RangeIndex)
+    assert list(index["body_part"].cat.categories) == list(data.BODY_PARTS)
+    assert {str(index[name].dtype) for name in ("patient", "view", "label")} == {"int64"}
+    assert all(isinstance(value, str) for name in ("path", "split", "study") for value in index[name])
+
+
+def test_attrs_tell_mura_from_the_demo_data(mura_folder):
+    for folder, name, truth in (("renamed", "MURA-v1.1", False), ("MURA-demo", "MURA-demo", True)):
+        root = mura_folder(folder, truth=truth)
+        attrs = data.load_index(root).attrs
+        assert attrs.pop("content") and attrs == {"root": str(root), "name": name, "is_demo": truth}
+
+
+@pytest.mark.parametrize("options", [
+    {"header": True},
+    {"newline": "\r\n", "header": True, "bom": True},
+    {"bom": True},
+    {"macos": True},
+    {"prefix": ""},
+    {"prefix": "some/other/train/folder/"},
+    {"prefix": "/data/MURA-v1.1/"},
+    {"prefix": "MURA-v1.1\\"},
+])  # fmt: skip
+def test_copies_in_circulation_give_the_same_index(mura_folder, options):
+    assert rows_of(data.load_index(mura_folder(**options))) == expected_rows()
+
+
+def test_blank_lines_and_quotes_do_no_harm(mura_folder):
+    root = mura_folder()
+    edit(root, "train_image_paths", lambda lines: ["", *(f'"{line}" ' for line in lines), "", ""])
+    edit(root, "train_labeled_studies", lambda lines: [line.replace("/,", ",") + ".0" for line in lines])
+    assert rows_of(data.load_index(root)) == expected_rows()
+
+
+def test_images_beyond_the_csv_files_are_left_out(mura_folder):
+    root = mura_folder()
+    (root / FIRST).with_name("image9.png").touch()
+    index = data.load_index(root)
+    assert rows_of(index) == expected_rows() and data.image_path(index, FIRST) == root / FIRST
+    assert all(path.is_file() for path in data.image_paths(index))
+
+
+@pytest.mark.parametrize("below", ["", "MURA-v1.1", "MURA-v1.1/MURA-v1.1"])
+def test_a_nested_root_is_found(tmp_path, below):
+    root = write_mura(tmp_path / "outer" / below)
+    for other in ("__MACOSX", ".hidden", "MURA-demo.partial") if below else ():
+        write_mura(tmp_path / "outer" / other)
+    assert data.find_root(tmp_path / "outer") == root
+
+
+def test_the_argument_goes_before_the_variable_before_a_mount_before_the_demo(mura_folder, monkeypatch):
+    argument, variable, mount, demo = (mura_folder(name) for name in ("a", "v", "m/MURA-v1.1", "d"))
+    renderer = Mock(return_value=demo)
+    monkeypatch.setattr("mura_demo.ensure_demo", renderer)
+    monkeypatch.setenv("MURA_DATA", str(variable))
+    monkeypatch.setenv("MURA_PROFILE", "smoke")
+    monkeypatch.setattr(index_module, "MOUNTS", (f"{str(mount.parent.parent)[1:]}/m*",))
+    assert data.find_root(argument) == argument
+    assert data.find_root() == variable
+    monkeypatch.setenv("MURA_DATA", " ")
+    assert data.find_root() == mount and not renderer.called
+    monkeypatch.setattr(index_module, "MOUNTS", ("nowhere/*",))
+    assert data.find_root() == demo
+    renderer.assert_called_once_with(Path(os.environ["MURA_CACHE"]), 120)
+
+
+@pytest.mark.parametrize("raised, expected", [(OSError("full"), DiskError), (ValueError("old"), DataError)])
+def test_what_the_renderer_refuses_is_one_of_our_errors(monkeypatch, raised, expected):
+    monkeypatch.setattr("mura_demo.ensure_demo", Mock(side_effect=raised))
+    with pytest.raises(expected, match=str(raised)):
+        data.find_root()
+
+
+@pytest.mark.parametrize("place", [
+    "kaggle/input/mura-v11/MURA-v1.1",
+    "kaggle/input/mura-final/finaldata",
+    "kaggle/input/datasets/owner/slug/MURA-v1.1/MURA-v1.1",
+    "content/MURA-v1.1",
+    "content/drive/MyDrive/courses/MURA-v1.1",
+])  # fmt: skip
+def test_mounts_of_kaggle_and_colab_are_found(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(index_module, "MOUNTS", tuple(f"{tmp_path}/{p}"[1:] for p in MOUNTS))
+    (tmp_path / "kaggle/input/another-competition/train/cats").mkdir(parents=True)
+    root = write_mura(tmp_path / place)
+    assert data.find_root() == root
+
+
+def test_one_line_says_which_data(mura_folder, capsys):
+    root = mura_folder()
+    data.load_index(root)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert "MURA-v1.1 (real radiographs), 13 images in 8 studies" in line and str(root) in line
+    data.load_index(root, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_variable_is_named_where_it_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("MURA_DATA", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="gone .the environment variable MURA_DATA. does not exist"):
+        data.load_index()
+
+
+def swap(old: str, new: str):
+    """A change of lines: replace `old` by `new` in the first line that holds it."""
+
+    def change(lines):
+        at = next(i for i, line in enumerate(lines) if old in line)
+        return [*lines[:at], lines[at].replace(old, new), *lines[at + 1 :]]
+
+    return change
+
+
+PATHS, LABELS = "train_image_paths", "train_labeled_studies"
+
+
+@pytest.mark.parametrize("file, change, message", [
+    (PATHS, lambda lines: ["Img_Path"], "is empty"),
+    (PATHS, swap("image2.png", "image2.gif"), "malformed.*line 2: .*image2.gif"),
+    (PATHS, swap("patient00012", "patientX"), "malformed.*patientX"),
+    (PATHS, swap("MURA-v1.1/train", "MURA-v1.1/valid"), "malformed.*line 1: .*valid/"),
+    (PATHS, swap("/patient00011/", "/patient00011/../patient1/"), r"malformed.*\.\./"),
+    (PATHS, lambda lines: [*lines, "the end"], "malformed.*line 11: the end"),
+    (LABELS, swap("XR_HAND", "XR_Hand"), "malformed.*XR_Hand"),
+    (LABELS, swap(",1", ",0"), "contradicts its folder name.*line 1: .*study1_positive/,0"),
+    (LABELS, lambda lines: [*lines, lines[2]], "listed more than once.*line 3.*line 7"),
+    (LABELS, lambda lines: [*lines, lines[0].replace("positive/,1", "negative/,0")], "a study is listed"),
+    (PATHS, lambda lines: [*lines, lines[0]], "an image is listed more than once.*line 1.*line 11"),
+])  # fmt: skip
+def test_a_wrong_csv_file(mura_folder, file, change, message):
+    file = edit(mura_folder(), file, change)
+    with pytest.raises(DataError) as error:
+        data.load_index(file.parent)
+    text = str(error.value)
+    assert re.search(message, text, re.DOTALL) and str(file.parent) in text and file.name in text
+    assert index_module.ORIGINAL in text
+
+
+def test_absent_images_are_counted_and_the_first_five_listed(mura_folder):
+    root = mura_folder(studies=[*STUDIES, ("train", "FINGER", 15, 1, True, 8)])
+    for view in range(2, 9):
+        (root / f"train/XR_FINGER/patient00015/study1_positive/image{view}.png").unlink()
+    with pytest.raises(FileNotFoundError, match="7 lines: images absent") as error:
+        data.load_index(root)
+    text = str(error.value)
+    assert text.count("study1_positive/image") == 5 and "... and 2 more" in text and "Unpack" in text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda file: file.symlink_to("nowhere")])
+def test_fault_9_what_is_no_ordinary_file_is_no_image(mura_folder, make):
+    root = mura_folder()
+    (root / FIRST).unlink()
+    make(root / FIRST)
+    with pytest.raises(DataNotFoundError, match=f"images absent(?s:.*){FIRST}"):
+        data.load_index(root)
+
+
+def test_fault_9_terminal_escapes_from_a_csv_file_do_not_reach_the_terminal(mura_folder):
+    root = mura_folder()
+    edit(root, PATHS, lambda lines: [*lines, "MURA-v1.1/train/\x1b[31m\x07evil.png"])
+    with pytest.raises(DataError, match=r"line 11: MURA-v1.1/train/\?\[31m\?evil.png") as error:
+        data.load_index(root)
+    assert "\x1b" not in str(error.value)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=60), number=st.integers(0, 3))
+def test_any_line_gives_rows_or_one_of_our_errors(tmp_path_factory, text, number):
+    name = (PATHS, LABELS, "valid_image_paths", "valid_labeled_studies")[number]
+    root = write_mura(tmp_path_factory.mktemp("any"))
+    with open(root / f"{name}.csv", "a", encoding="utf-8") as file:
+        file.write(text)
+    try:
+        index = data.load_index(root, quiet=True)
+    except MuraError as error:
+        assert f"{name}.csv" in str(error)
+    else:
+        assert len(index) == len(expected_rows())  # the line held nothing but white space, or a shadow
+
+
+def test_fault_5_demo_data_without_truth_are_not_taken_for_mura(mura_folder):
+    root = mura_folder("MURA-demo", truth=True)
+    (root / "truth.csv").unlink()
+    with pytest.raises(DataError, match=r"truth.csv is missing.*mura-course demo.*remove manifest.json"):
+        data.load_index(root)
+    with pytest.raises(DataError, match="truth.csv is missing"):  # known by their CSV files alone
+        data.load_index(mura_folder("renamed", prefix="MURA-demo/"))
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"recipe": 2}', "\0", '{"seed": 0}'])
+def test_demo_data_with_a_damaged_manifest(mura_folder, content):
+    root = mura_folder("MURA-demo", truth=True)
+    (root / "manifest.json").unlink() if content is None else (root / "manifest.json").write_text(content)
+    with pytest.raises((DataError, DiskError), match=r"manifest.json .*Render the demo data again"):
+        data.load_index(root)
+
+
+def test_the_truth_of_demo_films_is_read_apart_from_the_index(mura_folder):
+    root = mura_folder("MURA-demo", truth=True)
+    paths = [row[0] for row in expected_rows()]
+    lines = [f"{path},{'fracture' if n else 'NA'}" for n, path in enumerate(reversed(paths))]
+    (root / "truth.csv").write_text("\n".join(["path,finding", "beyond.png,none", *lines, "beyond.png,none"]))
+    index = data.load_index(root)
+    truth = data.load_truth(index)
+    assert tuple(index.columns) == data.COLUMNS
+    assert truth.index.tolist() == paths and truth["finding"].tolist() == ["fracture"] * 12 + ["NA"]
+
+
+@pytest.mark.parametrize("content", [b"", b"path,finding\n", b"finding\nx\n", b"\xff\xfe"])
+def test_a_truth_that_does_not_fit_the_index(mura_folder, content):
+    root = mura_folder("MURA-demo", truth=True)
+    (root / "truth.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"truth.csv cannot be used .*Render the demo data again"):
+        data.load_truth(data.load_index(root))
+
+
+def changed(file: str, **entries):
+    """A change of a data folder: these entries of one of its JSON files."""
+
+    def change(root: Path) -> None:
+        path = root / file
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(old | entries))
+
+    return change
+
+
+REMOVED = changed("removed_text.json", detector="strokes", versions={"opencv": "4.8"})
+
+
+@pytest.mark.parametrize("changes", [
+    [changed("manifest.json", recipe=99)],
+    [changed("manifest.json", seed=1)],
+    [changed("manifest.json", long_side=64)],
+    [changed("manifest.json", text=False)],
+    [REMOVED],
+    [REMOVED, changed("removed_text.json", detector="rapidocr")],
+    [REMOVED, changed("removed_text.json", versions={"opencv": "4.9"})],
+])  # fmt: skip
+def test_fault_1_films_with_other_pixels_have_another_fingerprint(mura_folder, changes):
+    root = mura_folder("MURA-demo", truth=True)
+    for change in [None, *changes]:
+        before = data.fingerprint(data.load_index(root))
+        if change:
+            change(root)
+            assert data.fingerprint(data.load_index(root)) != before
+
+
+def test_fault_1_a_replaced_film_of_mura_changes_the_fingerprint(mura_folder):
+    root = mura_folder()
+    before = data.fingerprint(data.load_index(root))
+    (root / FIRST).write_bytes(b"other pixels")
+    assert data.fingerprint(data.load_index(root)) != before
+
+
+def test_a_folder_without_text_has_another_name_and_says_how_it_was_made(mura_folder):
+    root = mura_folder("MURA-demo", truth=True)
+    REMOVED(root)
+    assert data.load_index(root).attrs["name"] == "MURA-demo-no-text"
+    (root / "removed_text.json").write_text("{}")
+    with pytest.raises(DataError, match="removed_text.json does not say: detector, versions.*remove-text"):
+        data.load_index(root)
+
+
+def test_the_fingerprint_changes_with_what_matters_and_with_nothing_else(mura_folder):
+    index = data.load_index(mura_folder())
+    first = data.fingerprint(index)
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    moved = data.load_index(mura_folder("elsewhere", header=True, newline="\r\n"))
+    assert data.fingerprint(moved) == first == data.fingerprint(index.sample(frac=1, random_state=1))
+    small = index.astype({"label": "int8", "patient": "int32", "body_part": "object"})
+    assert data.fingerprint(small) == first
+    others = [index.copy() for _ in range(5)]
+    others[0].loc[0, "label"] = 0
+    others[1].loc[0, "path"] += "x"
+    others[2].loc[0, "split"] = "dev"
+    others[3].attrs = {**index.attrs, "name": "MURA-demo"}
+    others[4].attrs = {**index.attrs, "content": "other"}
+    assert len({first, *map(data.fingerprint, [*others, index.iloc[1:]])}) == 7
+
+
+# As `printf '%s\n' MURA-demo 'made for a test' <path, split and label, tab between> | sort | sha256sum` says:
+# it keys every trained model, so a platform or library version that changes it must be noticed.
+def test_the_fingerprint_is_the_same_on_every_platform():
+    assert data.fingerprint(make_index()) == "e24cc3b5e5f4"
+
+
+def test_fault_7_the_key_of_pixels_changes_with_any_file_and_not_with_the_split(tmp_path):
+    index = make_films(tmp_path / "films", patients=5)
+    first = data.pixel_key(index)
+    assert data.pixel_key(index.sample(frac=1, random_state=0).assign(split="train", label=1)) == first
+    file, keys = data.image_path(index, index["path"][3]), [first]
+    content, info = file.read_bytes(), file.stat()
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns + 1))
+    keys.append(data.pixel_key(index))
+    file.write_bytes(content + b"x")
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))  # another size at the same time
+    keys += [data.pixel_key(index), data.pixel_key(index.iloc[1:])]
+    file.write_bytes(content)
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert data.pixel_key(index) == first and len(set(keys)) == 4
+    (tmp_path / "films").rename(tmp_path / "moved")
+    index.attrs["root"] = str(tmp_path / "moved")
+    assert data.pixel_key(index) not in keys
