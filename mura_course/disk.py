@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import DiskError
+
+DAY = 86_400.0  # seconds after which what a killed process left is removed
 
 
 def remedy(variable: str) -> str:
@@ -67,6 +70,9 @@ def atomic(path: Path, variable: str = "MURA_CACHE") -> Iterator[Path]:
     with named(path, variable):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(beside)  # left by a killed process that had this number
+        for old in path.parent.glob(f".{path.name}.*.part"):  # left by others
+            if time.time() - old.lstat().st_mtime > DAY:
+                remove(old)
         try:
             yield beside
             beside.replace(path)

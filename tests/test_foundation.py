@@ -50,7 +50,10 @@ def test_atomic_replaces_a_file_and_refuses_to_replace_a_folder(tmp_path):
     assert (tmp_path / "old").read_text() == "new"
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/kept").touch()
-    with pytest.raises(errors.DiskError, match="folder cannot be written"), disk.atomic(tmp_path / "folder") as b:
+    with (
+        pytest.raises(errors.DiskError, match="folder cannot be written"),
+        disk.atomic(tmp_path / "folder") as b,
+    ):
         b.write_text("x")
     assert names(tmp_path) == ["folder", "old"] and names(tmp_path / "folder") == ["kept"]
 
@@ -81,6 +84,10 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     process.kill()
     process.wait()
     assert (tmp_path / "state").read_text() == "old"
+    (left,) = tmp_path.glob(".state.*.part")
+    os.utime(left, (0, 0))
+    disk.write_json(tmp_path / "state", {})
+    assert names(tmp_path) == ["state"]
 
 
 def test_two_do_not_make_the_same_thing_at_once(tmp_path, capsys):
@@ -188,7 +195,12 @@ def test_unknown_profiles_and_settings_are_answered_with_what_exists(monkeypatch
 
 def test_full_has_the_reports_settings_and_every_setting_has_a_meaning():
     full, table = profiles.get("full"), profiles.table()
-    assert (full.image_size, full.batch_size, full.frozen_epochs, full.frozen_learning_rate) == (224, 64, 10, 1e-4)
+    assert (full.image_size, full.batch_size, full.frozen_epochs, full.frozen_learning_rate) == (
+        224,
+        64,
+        10,
+        1e-4,
+    )
     assert (full.unfrozen_learning_rate, full.image_size_resnet, full.image_size_resnet18) == (1e-5, 256, 256)
     assert (full.funnel_filters, full.funnel_narrowest, full.cnn_dropout) == (256, 32, 0.3)
     assert not full.allow_random_weights and profiles.get("demo").allow_random_weights
