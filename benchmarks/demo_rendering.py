@@ -6,11 +6,11 @@ Works in a temporary folder. Start-up of the worker processes counts, as it does
 """
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
+
+from mura_demo import anatomy, read_manifest, write_demo
 
 
 def main() -> None:
@@ -20,20 +20,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["MURA_CACHE"] = folder
-        from mura_course.radiographs import anatomy, dataset, write_demo
-
+        cache = Path(folder)
         began = time.perf_counter()
         for part in anatomy.PARTS:
-            anatomy.clouds(part, dataset.bone_cache())
+            anatomy.clouds(part, cache / "bones")
         print(f"bone clouds: {time.perf_counter() - began:.1f} s, once")
         for side in (256, 320):
             began = time.perf_counter()
-            data = write_demo(
-                Path(folder) / str(side), options.studies, long_side=side, workers=options.workers
-            )
+            order = {"long_side": side, "workers": options.workers, "cache": cache}
+            data = write_demo(cache / str(side), options.studies, **order)
             seconds = time.perf_counter() - began
-            films = json.loads((data / "manifest.json").read_text())["images"]
+            films = read_manifest(data)["images"]
             print(f"{side} px: {films} films in {seconds:.1f} s, {films / seconds:.0f} films/s")
 
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from mura_course.data import load_index
-from mura_course.radiographs import audit
+from mura_demo import audit
 
 RESULTS = Path(__file__).parent / "results" / "demo_shortcuts.csv"
 
