@@ -69,7 +69,7 @@ def train(
     stage = recipe.stages[0]
     if len(recipe.stages) > 1 or stage.target != "label" or stage.steps or stage.fraction or recipe.parts:
         raise TrainingError(
-            "Keras trains recipes of one stage, in epochs, on the label, with all body parts. torch_tools trains all."
+            "Keras trains recipes of one stage, in epochs, on the label, with all body parts; torch_tools others."
         )
     start = weights or backbones.find_weights(recipe.backbone, profile)
 
@@ -326,8 +326,9 @@ class Checkpoint(keras.callbacks.Callback):
         self.train.set_epoch(epoch)
         for state in self.network.non_trainable_variables:
             if "seed_generator" in state.path:  # dropout's: a seed, and how many numbers were drawn
-                state.assign([np.asarray(state)[0], epoch << 16])
-        self.since, self.learning_rate = time.perf_counter(), float(self.network.optimizer.learning_rate)
+                state.assign([keras.ops.convert_to_numpy(state)[0], epoch << 16])
+        self.since = time.perf_counter()
+        self.learning_rate = float(keras.ops.convert_to_numpy(self.network.optimizer.learning_rate))
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Move the progress bar; stop at the first loss that is no number."""

@@ -1,433 +1,333 @@
-"""keras_models.py: the report's architectures, kappa against scikit-learn, training killed at random."""
+"""Training that is killed, interrupted or damaged goes on; recipes become runs; several devices."""
 
+import json
 import os
+import random
+import shutil
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 keras = pytest.importorskip("keras")
-import killing  # noqa: E402
-from sklearn.metrics import cohen_kappa_score  # noqa: E402
+from making import make_films, make_index  # noqa: E402, F401
 
-from mura_course import keras_models, profiles, runs  # noqa: E402
+from mura_course import data, metrics, profiles  # noqa: E402
+from mura_course.errors import DataError, TrainingError  # noqa: E402
+from mura_course.keras_tools import backbones, models, training  # noqa: E402
+from mura_course.recipes import Recipe, Stage  # noqa: E402
 
-# The report's figures -------------------------------------------------------------------------
-
-FIGURE_27 = """
-Input 224 224 3 0
-Conv2D-1 224 224 256 7168
-MaxPool2D-1 112 112 256 0
-Dropout-1 112 112 256 0
-Conv2D-2 112 112 128 295040
-MaxPool2D-2 56 56 128 0
-Dropout-2 56 56 128 0
-Conv2D-3 56 56 64 73792
-MaxPool2D-3 28 28 64 0
-Dropout-3 28 28 64 0
-Conv2D-4 28 28 32 18464
-MaxPool2D-4 14 14 32 0
-Dropout-4 14 14 32 0
-Flatten 6272 0
-Output 1 6273
-"""
-FIGURE_28 = """
-Input 224 224 3 0
-Conv2D-1 224 224 32 896
-MaxPool2D-1 112 112 32 0
-Dropout-1 112 112 32 0
-Conv2D-2 112 112 64 18496
-MaxPool2D-2 56 56 64 0
-Dropout-2 56 56 64 0
-Conv2D-3 56 56 128 73856
-MaxPool2D-3 28 28 128 0
-Dropout-3 28 28 128 0
-Conv2D-4 28 28 256 295168
-MaxPool2D-4 14 14 256 0
-Dropout-4 14 14 256 0
-Flatten 50176 0
-Output 1 50177
-"""
+SMOKE, EPOCHS = profiles.get("smoke"), 12
 
 
-@pytest.mark.parametrize(
-    ("direction", "figure", "total"), [("in", FIGURE_27, 400_737), ("out", FIGURE_28, 438_593)]
-)
-def test_funnels_equal_the_reports_figures(direction, figure, total):
-    model = keras_models.funnel_cnn(direction)
-    found = [" ".join(map(str, [l.name, *l.output.shape[1:], l.count_params()])) for l in model.layers]  # noqa: E741
-    assert found == figure.strip().splitlines()
-    assert model.count_params() == total
-    assert model.expected_scale == "0..1"
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    return make_films(tmp_path_factory.mktemp("films"))
 
 
-def test_funnel_layers_follow_tables_4_and_5():
-    model = keras_models.funnel_cnn("in", dropout=0.2)
-    for i in range(1, 5):
-        conv, pool = model.get_layer(f"Conv2D-{i}"), model.get_layer(f"MaxPool2D-{i}")
-        assert (conv.kernel_size, conv.strides, conv.padding) == ((3, 3), (1, 1), "same")
-        assert conv.dilation_rate == (1, 1) and conv.activation is keras.activations.relu
-        assert (pool.pool_size, pool.strides, pool.padding) == ((2, 2), (2, 2), "same")
-        assert model.get_layer(f"Dropout-{i}").rate == 0.2
-    assert model.get_layer("Output").activation is keras.activations.sigmoid
+def sets_of(films, size=16, **options):
+    store = data.PixelStore.open_or_build(films, size, progress=False)
+    return data.kl_datasets(films, store, batch_size=8, workers=0, **options)
 
 
-@pytest.mark.parametrize(
-    ("direction", "options", "filters"),
-    [
-        ("in", {"conv_layers": 5}, [256, 128, 64, 32, 16]),
-        ("out", {"conv_layers": 5}, [32, 64, 128, 256, 512]),
-        ("in", {"widest": 64}, [64, 32, 16, 8]),
-        ("out", {"narrowest": 8}, [8, 16, 32, 64]),
-    ],
-)
-def test_funnel_filters(direction, options, filters):
-    model = keras_models.funnel_cnn(direction, input_shape=(33, 40, 1), **options)
-    assert [layer.filters for layer in model.layers if hasattr(layer, "filters")] == filters
-    assert model.output_shape == (None, 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(("up",), "'in' or 'out', not 'up'"), (("in", 6, 0.3, (8, 8, 1), 16), "6 layers from 16 filters")],
-)
-def test_impossible_funnels(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        keras_models.funnel_cnn(*arguments)
-
-
-def test_output_is_float32_under_mixed_precision():
-    keras.mixed_precision.set_global_policy("mixed_float16")
-    try:
-        model = keras_models.funnel_cnn("in", input_shape=(16, 16, 1), widest=8)
-        assert model.output.dtype == "float32" and model.get_layer("Conv2D-1").compute_dtype == "float16"
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
-
-
-# Cohen's kappa --------------------------------------------------------------------------------
-
-
-def test_kappa_equals_scikit_learn_over_batches_and_weights():
-    rng = np.random.default_rng(0)
-    for case in range(30):
-        n = int(rng.integers(2, 60))
-        label, probability, weight = rng.integers(0, 2, n), rng.random(n).round(1), rng.random(n) + 0.1
-        label[:2] = 0, 1
-        metric = keras_models.BinaryCohenKappa()
-        weights = weight if case % 2 else None
-        for part in np.array_split(np.arange(n), 3):
-            shape = (-1, 1) if case % 3 else (-1,)
-            metric.update_state(
-                label[part].reshape(shape),
-                probability[part].reshape(shape),
-                None if weights is None else weights[part],
-            )
-        expected = cohen_kappa_score(label, probability > 0.5, sample_weight=weights)
-        assert float(metric.result()) == pytest.approx(expected, abs=1e-5)
-        metric.reset_state()
-        metric.update_state([0, 1], [0.1, 0.9])
-        assert float(metric.result()) == 1
-
-
-def test_kappa_of_constants():
-    metric = keras_models.BinaryCohenKappa()
-    metric.update_state([0, 1, 0, 1], [0.9] * 4)
-    assert float(metric.result()) == 0
-    metric.reset_state()
-    metric.update_state([0, 0], [0.1, 0.2])
-    assert np.isnan(float(metric.result()))
-
-
-def test_kappa_threshold_is_saved():
-    metric = keras_models.BinaryCohenKappa(threshold=0.7)
-    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(metric))
-    again.update_state([0, 1], [0.65, 0.75])
-    assert float(again.result()) == 1 and again.name == "kappa"
-
-
-# Training -------------------------------------------------------------------------------------
-
-
-class Noise(keras.utils.PyDataset):
-    """Tiny batches; order and noise depend on epoch and batch alone, as those of `pixels.Batches`."""
-
-    def __init__(self, count=24, batch=8, shuffle=True, pause=0.0, workers=2, seed=0):
-        super().__init__(workers=workers)
-        rng = np.random.default_rng(seed)
-        self.y = rng.integers(0, 2, count)
-        self.x = (rng.standard_normal((count, 6, 6, 1)) + 0.5 * self.y[:, None, None, None]).astype("float32")
-        self.batch, self.shuffle, self.pause, self.epoch = batch, shuffle, pause, 0
-
-    def __len__(self):
-        return len(self.y) // self.batch
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __getitem__(self, i):
-        time.sleep(self.pause)
-        rows = np.arange(len(self.y))
-        if self.shuffle:
-            rows = np.random.default_rng([1, self.epoch]).permutation(rows)
-        rows = rows[i * self.batch : (i + 1) * self.batch]
-        noise = 0.3 * np.random.default_rng([2, self.epoch, i]).standard_normal((self.batch, 6, 6, 1))
-        return self.x[rows] + noise.astype("float32") * self.shuffle, self.y[rows]
-
-
-def tiny_model(rate=0.005):
-    model = keras.Sequential(
-        [
-            keras.Input((6, 6, 1)),
-            keras.layers.Conv2D(8, 3, activation="relu"),
-            keras.layers.Dropout(0.3),
-            keras.layers.Flatten(),
-            keras.layers.Dense(1, activation="sigmoid"),
-        ]
-    )
-    metrics = [keras_models.BinaryCohenKappa()]
-    model.compile(keras.optimizers.Adam(rate), "binary_crossentropy", metrics=metrics, jit_compile=False)
+def tiny_model(learning_rate=0.005, widest=4):
+    model = models.funnel_cnn("in", 1, 0.3, (16, 16, 3), widest)
+    watched = [models.BinaryCohenKappa()]
+    model.compile(keras.optimizers.Adam(learning_rate), "binary_crossentropy", metrics=watched)
     return model
 
 
-def stopping_early():
-    return [
-        keras.callbacks.EarlyStopping("val_loss", patience=5, restore_best_weights=True),
-        keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1),
-    ]
-
-
-EPOCHS = 10
-
-
-def one_run(root, pause=0.0):
-    """What a chapter does, on noise: a run whose training reduces its rate and stops early."""
-    import tensorflow as tf
-
-    tf.config.experimental.enable_op_determinism()
-    dev = Noise(24, batch=24, shuffle=False, workers=1, seed=1)
-    index = pd.DataFrame({"path": [f"{i}.png" for i in range(24)], "split": "test", "body_part": "HAND"})
-    index = index.assign(patient=range(24), study=index["path"], view=1, label=dev.y)
-    index.attrs = {"root": "", "name": "MURA-demo", "is_demo": True}
-
-    def fit(workdir):
-        keras.utils.set_random_seed(3)
-        model = tiny_model()
-        train = Noise(pause=pause)
-        history = keras_models.keras_fit(model, train, dev, EPOCHS, workdir, stopping_early())
-        return model, history, keras_models.predict(model, dev, index)
-
-    return runs.fit_or_load("tiny", {"epochs": EPOCHS}, fit, index, profiles.get("smoke"), root=root)
-
-
-def epochs_done(root):
-    files = root.glob("MURA-demo-*/smoke/*.partial/epoch-*.npz")
-    return max((int(file.stem.split("-")[1]) for file in files), default=0)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_it_ends_the_same(tmp_path):
-    happened = killing.in_a_process(
-        "import killing, test_keras_models as t; "
-        f"killing.kill_at_random(t.one_run, t.epochs_done, killing.Path({str(tmp_path)!r}), kills=1, seed=0)"
-    )
-    assert len(happened) >= 1
-    run = killing.assert_killed_equals_undisturbed(tmp_path, lambda run: run.load_model().get_weights())
-    assert run.history["learning_rate"].nunique() > 1 and len(run.history) < EPOCHS  # else nothing was tested
-
-
-class Stops(Noise):
-    """Ctrl-C as epoch 3 begins."""
-
-    def set_epoch(self, epoch):
-        super().set_epoch(epoch)
-        if epoch == 3:
-            raise KeyboardInterrupt
-
-
-class Forbidden(Noise):
-    def __getitem__(self, i):
-        raise AssertionError("trained although nothing was left to train")
-
-
-DEV = Noise(24, batch=24, shuffle=False, workers=1, seed=1)
-
-
-def fit_here(workdir, train=None, epochs=5):
-    import tensorflow as tf
-
-    tf.config.experimental.enable_op_determinism()
+def tiny_fit(films, workdir, *others, epochs=EPOCHS):
+    """Stops after 8 epochs, the first of which is called best; halves the learning rate in every second."""
     keras.utils.set_random_seed(3)
-    model = tiny_model()
-    history = keras_models.keras_fit(model, train or Noise(), DEV, epochs, workdir, stopping_early())
+    model, sets = tiny_model(), sets_of(films)
+    stop = keras.callbacks.EarlyStopping("val_loss", min_delta=9, patience=7, restore_best_weights=True)
+    halve = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=2, min_delta=9)
+    callbacks = [stop, halve, *others]
+    history = training.fit(model, sets["train augmented"], sets["validation"], epochs, workdir, callbacks)
     return model, history.drop(columns="seconds")
 
 
-def restored(workdir, model):
-    keeper = keras_models._Keeper(workdir, stopping_early(), Noise())
-    keeper.restore(model)
-    return keeper.epoch
+@pytest.fixture(scope="module")
+def undisturbed(films, tmp_path_factory):
+    """A model and its history, and the working folder as it was after the fourth epoch."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def keep(epoch, logs):
+        if epoch == 4:
+            shutil.copytree(folder, folder.with_name("stopped"))
+
+    whole = tiny_fit(films, folder, keras.callbacks.LambdaCallback(on_epoch_begin=keep))
+    return *whole, folder.with_name("stopped")
+
+
+def assert_ends_alike(ended, undisturbed):
+    (model, history), (expected_model, expected, _) = ended, undisturbed
+    assert history["epoch"].tolist() == list(range(1, 9))
+    assert history["learning_rate"].nunique() == 4
+    np.testing.assert_allclose(history, expected, rtol=1e-4, atol=1e-5)
+    for x, y in zip(model.get_weights(), expected_model.get_weights(), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_it_goes_on_after_the_last_finished_epoch_with_all_that_was_known(
+    films, undisturbed, tmp_path, capsys
+):
+    shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    assert_ends_alike(tiny_fit(films, tmp_path), undisturbed)
+    assert capsys.readouterr().out == "Going on after epoch 4.\n"
+    kept = sorted(folder.name for folder in tmp_path.iterdir())
+    assert kept == ["epoch-0001", "epoch-0007", "epoch-0008"]  # the best one and the last two
+
+
+class Forbidden(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        raise AssertionError("trained although nothing was left to train")
+
+
+def test_killed_after_its_last_epoch_it_only_puts_the_best_weights_back(films, undisturbed, tmp_path):
+    tiny_fit(films, tmp_path)
+    assert_ends_alike(tiny_fit(films, tmp_path, Forbidden()), undisturbed)
+
+
+DAMAGES = {
+    "model.weights.h5": (b"", lambda whole: whole[: len(whole) // 2], lambda whole: whole[:-9] + b"\1" * 9),
+    "state.json": (b"", b"{}", b"[]", lambda whole: whole.replace(b"0", b"1")),
+    "digests.json": (b"", b"{", b"{}", b"[1]", b"\xff\xfe", None),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_fault_9_a_damaged_checkpoint_is_one_line_and_costs_one_epoch(undisturbed, tmp_path, capsys, name):
+    for number, damage in enumerate(DAMAGES[name]):
+        folder = shutil.copytree(undisturbed[2], tmp_path / str(number))
+        file = folder / "epoch-0004" / name
+        whole = file.read_bytes()
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage(whole) if callable(damage) else damage)
+        assert training.Checkpoint(tiny_model(), folder, [], None).restore() == (3, False)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2 and str(file.parent) in lines[0] and lines[1] == "Going on after epoch 3."
+        assert not file.parent.exists()
+
+
+def test_fault_9_with_every_checkpoint_damaged_it_starts_anew(films, undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "epoch-0001" / "model.weights.h5").unlink()  # the best one, which the others need
+    (tmp_path / "epoch-0002").mkdir()
+    (tmp_path / "epoch-0005").write_text("no folder")
+    assert_ends_alike(tiny_fit(films, tmp_path), undisturbed)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and all("Going back to the epoch before" in line for line in lines)
+
+
+def test_a_working_folder_of_another_model_is_refused(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(TrainingError, match="epoch-0004 was left by another model.*delete"):
+        training.Checkpoint(tiny_model(widest=5), tmp_path, [], None).restore()
+
+
+CHILD = """
+import runpy, sys, time
+from pathlib import Path
+test = runpy.run_path(sys.argv[1])
+films = test["make_index"](sys.argv[2])
+slow = test["keras"].callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: time.sleep(0.1))
+test["tiny_fit"](films, Path(sys.argv[3]), slow)
+"""
 
 
 @pytest.mark.slow
-def test_interrupted_and_damaged_it_still_ends_the_same(tmp_path, capsys):
-    expected_model, expected = fit_here(tmp_path / "whole")
-    workdir = tmp_path / "stopped"
-    with pytest.raises(KeyboardInterrupt):
-        fit_here(workdir, Stops())
-    older, newest = sorted(workdir.glob("*"))
-    assert (older.name, newest.name) == ("epoch-0002.npz", "epoch-0003.npz")
-    content, rng = newest.read_bytes(), np.random.default_rng(0)
-    other = tiny_model()
-    assert restored(workdir, other) == 3
-    for cut in [0, 1, 22, *rng.integers(len(content), size=12), len(content) - 1]:
-        newest.write_bytes(content[:cut])
-        capsys.readouterr()
-        assert restored(workdir, other) == 2
-        assert "epoch-0003.npz is damaged" in capsys.readouterr().out and not newest.exists()
-    for flipped in rng.integers(len(content), size=20):  # a bit of the data, of a name, of the directory
-        newest.write_bytes(content[:flipped] + bytes([content[flipped] ^ 4]) + content[flipped + 1 :])
-        assert restored(workdir, other) in (2, 3)  # 3: a bit without meaning, as in a date
-    newest.write_bytes(b"\0" * len(content))
-    model, history = fit_here(workdir)  # from epoch 2
-    pd.testing.assert_frame_equal(history, expected, check_exact=True)
-    for x, y in zip(model.get_weights(), expected_model.get_weights(), strict=True):
-        np.testing.assert_array_equal(x, y)
-    # Killed after its last epoch: no batch is asked for, and the best weights are put back as before.
-    model, history = fit_here(workdir, Forbidden())
-    pd.testing.assert_frame_equal(history, expected, check_exact=True)
-    for x, y in zip(model.get_weights(), expected_model.get_weights(), strict=True):
-        np.testing.assert_array_equal(x, y)
-    for file in workdir.glob("*"):
-        file.write_bytes(b"")
-    assert restored(workdir, other) == 0 and not list(workdir.glob("*"))
-
-
-@pytest.mark.parametrize("other", ["model", "optimiser", "callbacks"])
-def test_a_working_folder_of_another_training_is_refused(tmp_path, other):
-    model, callbacks = tiny_model(), stopping_early()
-    keeper = keras_models._Keeper(tmp_path, callbacks, None)
-    keeper.set_model(model), keeper.restore(model)
-    keeper.on_epoch_begin(0), keeper.on_epoch_end(0, {"loss": 0.5})
-    model = (
-        keras_models.funnel_cnn("in", 1, input_shape=(6, 6, 1), widest=8)
-        if other == "model"
-        else tiny_model()
-    )
-    if other != "callbacks":
-        model.compile("sgd" if other == "optimiser" else "adam", "binary_crossentropy")
-    keeper = keras_models._Keeper(tmp_path, callbacks[: 1 if other == "callbacks" else 2], None)
-    with pytest.raises(keras_models.TrainingError, match="epoch-0001.npz was left by another"):
-        keeper.restore(model)
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(films, undisturbed, tmp_path):
+    rng, done = random.Random(0), 0
+    for _ in range(2):
+        command = [sys.executable, "-c", CHILD, __file__, films.attrs["root"], str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while child.poll() is None and len(list(tmp_path.glob("epoch-*"))) <= done:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        assert child.poll() is None, "the child ended before it could be killed"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        done = len(list(tmp_path.glob("epoch-*")))
+        assert done > 0
+    assert_ends_alike(tiny_fit(films, tmp_path), undisturbed)
 
 
 @pytest.mark.parametrize("loss", ["nan", "inf"])
-def test_a_loss_that_is_no_number_stops_at_once(tmp_path, loss):
-    model = tiny_model(rate=0.25)
+def test_a_loss_that_is_no_number_stops_at_once(films, tmp_path, loss):
+    model, sets = tiny_model(), sets_of(films)
     model.compile(keras.optimizers.Adam(0.25), lambda y, p: keras.ops.mean(p) * float(loss), run_eagerly=True)
-    train = Noise(workers=1)
-    with pytest.raises(keras_models.TrainingError, match=f"loss became {loss} in epoch 1.*now 0.25"):
-        keras_models.keras_fit(model, train, DEV, 3, tmp_path)
-    assert list(tmp_path.glob("*")) == []
+    with pytest.raises(TrainingError, match=f"loss became {loss} in epoch 1.*now 0.25"):
+        training.fit(model, sets["train original"], sets["validation"], 3, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_and_unbuilt_are_refused():
-    with pytest.raises(keras_models.TrainingError, match="training set is empty"):
-        keras_models.keras_fit(tiny_model(), Noise(0), DEV, 1)
-    with pytest.raises(keras_models.TrainingError, match="development set is empty"):
-        keras_models.keras_fit(tiny_model(), DEV, Noise(0), 1)
-    with pytest.raises(keras_models.TrainingError, match="known input shape and be compiled"):
-        keras_models.keras_fit(keras.Sequential([keras.layers.Dense(1)]), DEV, DEV, 1)
+def test_the_wrong_scale_is_refused_and_progress_leaves_nothing_behind(films, capsys):
+    sets, wrong = sets_of(films), sets_of(films, scale="imagenet")
+    model = tiny_model()
+    for call in (
+        lambda: training.fit(model, wrong["train original"], sets["validation"], 1),
+        lambda: training.predict(model, wrong["test"]),
+    ):
+        with pytest.raises(DataError, match="expects pixels scaled to '0..1'.*'imagenet'"):
+            call()
+    history = training.fit(model, sets["train original"], sets["validation"], 2)
+    assert history["epoch"].tolist() == [1, 2]
+    out, err = capsys.readouterr()
+    assert out == "" and err.rpartition("\r")[2].strip() == ""
 
 
-def test_the_wrong_input_scale_is_refused():
-    model, batches = keras_models.funnel_cnn("in", 1, input_shape=(6, 6, 1), widest=2), Noise()
-    model.compile("adam", "binary_crossentropy")
-    batches.scale = "imagenet"
-    with pytest.raises(ValueError, match="expects pixels scaled to '0..1'.*'imagenet'"):
-        keras_models.keras_fit(model, batches, batches, 1)
-    with pytest.raises(ValueError, match="expects pixels scaled to '0..1'.*'imagenet'"):
-        keras_models.predict(model, batches, pd.DataFrame())
-
-
-def test_class_weights_reach_the_loss_and_a_log_gets_a_line_per_epoch(capsys):
-    history = keras_models.keras_fit(tiny_model(), Noise(), DEV, 2, class_weight={0: 0.0, 1: 0.0})
-    assert history["loss"].tolist() == [0, 0] and history["epoch"].tolist() == [1, 2]
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(", val_loss")[0] for line in lines] == [
-        "Epoch 1/2, loss 0.000",
-        "Epoch 2/2, loss 0.000",
-    ]
-
-
-def test_a_notebook_gets_one_display_that_ends_as_plain_text(monkeypatch, capsys):
-    shown = []
-
-    class Display:
-        def get_ipython(self):
-            return type("Shell", (), {"kernel": "a kernel"})
-
-        @property
-        def display(self):
-            return self
-
-        def __call__(self, data=None, **options):
-            return self
-
-    ipython = Display()
-    handle = type("Handle", (), {"update": lambda self, data, raw: shown.append(data["text/plain"])})()
-    monkeypatch.setattr(Display, "display", type("D", (), {"display": staticmethod(lambda *a, **k: handle)}))
-    monkeypatch.setitem(sys.modules, "IPython", ipython)
-    keeper = keras_models._Keeper(None, [], None)
-    keeper.history = [{"epoch": 1}]
-    progress = keras_models._Progress(keeper, epochs=8)
-    progress.set_params({"steps": 30})
-    progress.on_train_begin()
-    progress.on_epoch_begin(0)
-    progress.on_train_batch_end(4, {"loss": 0.5, "accuracy": 0.7})
-    progress.on_epoch_end(0, {"loss": 0.5, "val_auc": 0.61234})
-    progress.on_train_end({"loss": 0.5, "val_auc": 0.61234})
-    assert shown[0] == "Epoch 1/8, batch 5/30, loss 0.500"
-    assert shown[-1].startswith("Trained 1 of 8 epochs in ") and shown[-1].endswith(
-        "loss 0.500, val_auc 0.612"
-    )
-    assert capsys.readouterr().out == "" and not any(ord(c) < 32 for text in shown for c in text)
-
-
-class ShuffledBatches:
-    """As `pixels.Batches`: says its rows and their order, and turns itself into a PyDataset."""
-
-    scale = "0..1"
-
-    def __init__(self, n=10):
-        self.index = pd.DataFrame({"path": [f"{i}.png" for i in range(n)]})
-        self.order = np.random.default_rng(0).permutation(n)
-
-    def __len__(self):
-        return 1
-
-    def keras(self):
-        dataset = Noise(len(self.order), batch=len(self.order), workers=1)
-        dataset.x = self.order.reshape(-1, 1, 1, 1) / np.ones((1, 6, 6, 1), "float32")
-        dataset.shuffle = False
-        return dataset
-
-
-def test_predictions_stay_with_their_images_and_models_with_their_scale(tmp_path):
-    inputs = keras.Input((6, 6, 1))
-    mean = keras.layers.GlobalAveragePooling2D()(inputs)
-    model = keras.Model(inputs, keras.layers.Rescaling(0.1)(mean))
-    model.expected_scale = "0..1"
-    batches = ShuffledBatches()
-    predictions = keras_models.predict(model, batches)
-    assert predictions["probability"].dtype == float
-    expected = predictions["path"].str.removesuffix(".png").astype(float) / 10
+def test_predictions_stay_with_their_images(films):
+    inputs = keras.Input((16, 16, 3))
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(inputs[..., :1]))
+    batches = sets_of(films)["train original"]  # shuffled; 24 images, so the last of these is smaller
+    batches.batch_size = 7
+    predictions, store = training.predict(model, batches), batches.store
+    expected = store.pixels[store.rows(predictions)].mean(axis=(1, 2)) / 255
     np.testing.assert_allclose(predictions["probability"], expected, atol=1e-6)
-    with pytest.raises(keras_models.TrainingError, match="10 predictions for 9 rows"):
-        keras_models.predict(model, batches, batches.index.head(9))
-    model.save(tmp_path / "model.keras")
-    again = keras_models.load(tmp_path / "model.keras", "0..1")
-    assert again.expected_scale == "0..1"
+    assert predictions["path"].tolist() != batches.index["path"].tolist() and len(predictions) == 24
+
+
+# --- Recipes as runs ----------------------------------------------------------------------------------
+
+
+def tiny_build(weights, input_shape, pooling, name):
+    x = inputs = keras.Input(input_shape)
+    x = keras.layers.BatchNormalization()(keras.layers.Conv2D(6, 3, strides=2, use_bias=False)(x))
+    return keras.Model(inputs, keras.layers.GlobalMaxPooling2D()(keras.layers.ReLU()(x)), name=name)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(backbones.BACKBONES, "ResNet50", backbones.Backbone(tiny_build, "tf", 32))
+
+
+def tiny_recipe(frozen, **options):
+    stage = {"learning_rate": 0.01, "epochs": 3, "head": (4,), "patience": 5, "plateau": None} | options
+    return Recipe(
+        backbone="ResNet50", size=32, batch_size=8, dropout=0.2, stages=(Stage(frozen=frozen, **stage),)
+    )
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_recipe_is_trained_once_and_its_model_is_the_whole_network(tiny, films, tmp_path, frozen):
+    recipe = tiny_recipe(frozen)
+    first, again = (training.train("tiny", recipe, films, SMOKE, "random", tmp_path) for _ in range(2))
+    assert first.was_trained_now and not again.was_trained_now and first.info["weights"] == "random"
+    assert set(first.predictions["path"]) == set(films.loc[films["split"].eq("test"), "path"])
+    assert {"loss", "accuracy", "auc", "kappa", "val_kappa", "learning_rate"} <= set(first.history)
+    model = models.load(again)
+    assert [layer.name for layer in model.layers] == ["Input", "Scale", "ResNet50", "Head"]
+    found = training.predict(model, sets_of(films, 32, scale="0..255")["test"]).set_index("path")
+    expected = first.predictions.set_index("path")["probability"]
+    np.testing.assert_allclose(found.loc[expected.index, "probability"], expected, atol=1e-4)
+    report = metrics.image_report(first.predictions, samples=20)
+    assert report.loc["OVERALL", ("n", "")] == 8 and report.attrs["weights"] == "random"
+
+
+@pytest.mark.slow
+def test_training_on_features_is_training_the_frozen_network(tiny, films, tmp_path):
+    recipe = tiny_recipe(True)
+    run = training.train("tiny", recipe, films, SMOKE, "random", tmp_path)
+    keras.utils.set_random_seed(recipe.seed)
+    extractor = backbones.extractor("ResNet50", 32, "random")
+    keras.utils.set_random_seed(recipe.seed)
+    whole = models.with_head(extractor, models.transfer_head(6, (4,), 0.2))
+    sets = sets_of(films, 32, scale="0..255", seed=recipe.seed)
+    training.compiled(whole, recipe.stages[0])
+    history = training.fit(whole, sets["train original"], sets["validation"], 3)
+    columns = ["loss", "accuracy", "kappa", "val_loss", "val_auc"]
+    np.testing.assert_allclose(run.history[columns], history[columns], atol=1e-3)
+    assert history["loss"].nunique() == 3
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        tiny_recipe(True, target="both"),
+        tiny_recipe(True, epochs=None, steps=5),
+        tiny_recipe(True, fraction=0.5),
+        Recipe(backbone="ResNet50", size=32, parts=("HAND",), stages=tiny_recipe(True).stages),
+        Recipe(backbone="ResNet50", size=32, stages=2 * tiny_recipe(True).stages),
+    ],
+)
+def test_what_the_keras_half_does_not_train_is_refused(films, tmp_path, recipe):
+    with pytest.raises(TrainingError, match="one stage, in epochs, on the label"):
+        training.train("tiny", recipe, films, SMOKE, "random", tmp_path)
+
+
+def test_the_reports_stopping():
+    assert training.stopping(Stage(learning_rate=1, epochs=1)) == []
+    stop, halve = training.stopping(Stage(learning_rate=1, epochs=1, patience=5, plateau=3))
+    assert (stop.monitor, stop.mode, stop.patience, stop.restore_best_weights) == (
+        "val_kappa",
+        "max",
+        5,
+        True,
+    )
+    assert (halve.monitor, halve.factor, halve.patience) == ("val_loss", 0.5, 3)
+
+
+# --- Devices ------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_gets_mixed_precision_where_the_profile_says_so(monkeypatch):
+    gpu = type("Device", (), {"name": "/physical_device:GPU:0"})
+    full, demo = profiles.get("full"), profiles.get("demo")
+    for gpus, profile, policy in (
+        ([], full, "float32"),
+        ([gpu], full, "mixed_float16"),
+        ([gpu], demo, "float32"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(training.tf.config, "list_physical_devices", lambda kind, gpus=gpus: gpus)
+            with training.on_devices(profile):
+                assert keras.config.dtype_policy().name == policy
+        assert keras.config.dtype_policy().name == "float32"
+
+
+DEVICES = """
+import json, runpy, sys
+from pathlib import Path
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+test = runpy.run_path(sys.argv[1])
+keras, models, training = (test[name] for name in ("keras", "models", "training"))
+sets, found = test["sets_of"](test["make_index"](sys.argv[2])), {}
+for name, devices, parts in (("one", (), (4,)), ("two", ("CPU:0", "CPU:1"), (2, 4))):
+    for until in parts:  # on two devices it is resumed
+        keras.utils.set_random_seed(0)
+        with training.on_devices(test["SMOKE"], devices):
+            model = models.funnel_cnn("in", 1, 0.0, (16, 16, 3), 4)
+            adam, watched = keras.optimizers.Adam(0.01), models.abnormality_metrics()
+            model.compile(adam, "binary_crossentropy", metrics=watched)
+        halve = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=9)
+        train, dev = sets["train original"], sets["validation"]
+        history = training.fit(model, train, dev, until, Path(sys.argv[3], name), [halve])
+    history = history.drop(columns="seconds").to_dict("list")
+    probability = training.predict(model, sets["test"])["probability"].tolist()
+    found[name] = [model.distribute_strategy.num_replicas_in_sync, history, probability]
+Path(sys.argv[3], "found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_give_what_one_gives_also_when_resumed(films, tmp_path):
+    command = [sys.executable, "-c", DEVICES, __file__, films.attrs["root"], str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    one, two = json.loads((tmp_path / "found.json").read_text()).values()
+    assert (one[0], two[0]) == (1, 2) and len(set(one[1]["loss"])) == 4
+    for column, values in one[1].items():
+        np.testing.assert_allclose(two[1][column], values, atol=2e-3, err_msg=column)
+    np.testing.assert_allclose(two[2], one[2], atol=2e-3)
