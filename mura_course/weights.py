@@ -106,7 +106,7 @@ def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Pa
     if url not in _failed:
         try:
             return _download(url, file, digest, algorithm)
-        except (OSError, ValueError) as error:  # pooch's and requests' errors are among these
+        except (OSError, ValueError) as error:
             _failed[url] = " ".join(str(error).split())[:200] or type(error).__name__
     raise WeightsError(
         f"{file.name} cannot be downloaded ({_failed[url]}). By hand: download {url} where there is a "
@@ -119,7 +119,10 @@ def _download(url: str, file: Path, digest: str, algorithm: str) -> Path:
     pooch.get_logger().setLevel(logging.WARNING)
     downloader: Any = pooch.HTTPDownloader(timeout=TIMEOUT)
     with disk.lock(file), disk.atomic(file) as beside:
-        pooch.retrieve(url, None, fname=beside.name, path=beside.parent, downloader=downloader)
+        try:
+            pooch.retrieve(url, None, fname=beside.name, path=beside.parent, downloader=downloader)
+        except OSError as error:  # the connection's, not the disk's
+            raise ValueError(str(error)) from error
         found = disk.digest(beside, algorithm)
         if not found.startswith(digest):
             raise ValueError(f"what {url} sent has the {algorithm.upper()} {found}")
