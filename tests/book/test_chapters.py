@@ -93,9 +93,13 @@ def test_stored_without_outputs_for_any_python_3_kernel(path):
 
 @every_notebook
 def test_the_first_code_cell_is_the_one_setup_cell(path):
+    """The same in all but its second line, which names the extras that the chapter needs; folded."""
     first, *others = code_cells(read(path))
-    assert source(first) == (TOP / "book/_setup_cell.py").read_text().rstrip("\n")
-    assert "setup" in tags(first)
+    lines = source(first).split("\n")
+    assert re.fullmatch(r'EXTRAS = "(\w+(,\w+)*)?"', lines[1])
+    lines[1] = 'EXTRAS = ""'
+    assert lines == (TOP / "book/_setup_cell.py").read_text().rstrip("\n").split("\n")
+    assert tags(first) >= {"setup", "hide-input"}
     assert not [cell for cell in others if "setup" in tags(cell) or "chapter.start" in source(cell)]
 
 
@@ -111,7 +115,7 @@ def test_begins_with_its_only_title(path):
 
 @every_notebook
 def test_code_cells_are_short_and_not_empty(path):
-    for cell in code_cells(read(path)):
+    for cell in code_cells(read(path))[1:]:  # the first one is the folded setup cell
         assert source(cell).strip(), "an empty code cell"
         assert source(cell).count("\n") < MAX_LINES, f"over {MAX_LINES} lines:\n{source(cell)}"
 
