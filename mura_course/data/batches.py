@@ -7,6 +7,7 @@ asked for. The pixels come from `store`.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import threading
 from collections import deque
@@ -78,14 +79,15 @@ def rotate(image: np.ndarray, degrees: float, mirror: bool = False) -> np.ndarra
     ndarray
         uint8 of the same shape; the edge is repeated where the turned image leaves a corner empty.
     """
-    centre, angle = (np.array(image.shape[::-1]) - 1) / 2, np.deg2rad(degrees)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    (height, width), angle = image.shape, math.radians(degrees)
+    x, y, cos, sin = (width - 1) / 2, (height - 1) / 2, math.cos(angle), math.sin(angle)
     # Edges repeated beforehand: warpAffine is faster where it need not look whether it is still inside.
-    pad = int(np.ceil((np.abs(turn) @ centre - centre).max())) + 1
+    pad = math.ceil(max(abs(cos) * x + abs(sin) * y - x, abs(sin) * x + abs(cos) * y - y)) + 1
     padded = cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    turn = turn * (-1 if mirror else 1, 1)
-    back = np.column_stack([turn, centre + pad - turn @ centre])  # where a pixel of the new image comes from
-    return cv2.warpAffine(padded, back, image.shape[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    # Where in the padded image each pixel of the new one lies: a turn that leaves the centre in place.
+    xx, yx = (-cos, -sin) if mirror else (cos, sin)
+    back = np.array([[xx, -sin, pad + x - xx * x + sin * y], [yx, cos, pad + y - yx * x - cos * y]])
+    return cv2.warpAffine(padded, back, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
@@ -144,7 +146,7 @@ def check_scale(expected: str, batches: object) -> None:
 def _to_float(image: np.ndarray, scale: str, layout: str, out: np.ndarray) -> None:
     """Write the uint8 `image` (size, size), scaled, three times into `out`, a view of a batch."""
     if layout == "nhwc":
-        cv2.LUT(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), cv2.merge(list(SCALES[scale])), dst=out)
+        cv2.LUT(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), cv2.merge(list(SCALES[scale]))[None], dst=out)
     else:
         for channel, levels in zip(out, SCALES[scale], strict=False):
             cv2.LUT(image, levels, dst=channel)

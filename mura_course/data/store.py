@@ -138,6 +138,8 @@ def cached_array(
     folder = file.parent
     if not folder.exists():
         with disk.lock(folder):
+            for killed in folder.parent.glob(f".{folder.name}.*.part"):
+                disk.remove(killed)
             if not folder.exists():
                 _write(file, shape, dtype, about, blocks)
     remedy = f"Delete the folder {folder}; it is made anew."
@@ -157,7 +159,8 @@ def _write(
     with disk.atomic(file.parent) as beside:
         disk.require_room(file.parent.parent, math.prod(shape) * np.dtype(dtype).itemsize)
         beside.mkdir()
-        with (beside / file.name).open("wb") as out:
+        # Large pieces: what is written in large pieces is mapped in large pieces.
+        with (beside / file.name).open("wb", buffering=1 << 24) as out:
             np.lib.format.write_array_header_1_0(out, header)
             for block in blocks:
                 out.write(block.data)

@@ -1,0 +1,159 @@
+"""Features of a frozen backbone: whose they are, when they are computed, what damage and kills do to them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from making import make_films
+
+from mura_course.data import AUGMENTS, Batches, PixelStore, store
+from mura_course.data.features import digest_of, extract
+from mura_course.errors import DataError, DiskError
+
+SIZE = 24
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Projection:
+    """An `Extractor` of NumPy alone: three fixed weighted sums of the pixels."""
+
+    name, size, dim, scale, layout = "projection", None, 3, "-1..1", "nchw"
+
+    def __init__(self, seed: int = 0, stop_at: int | None = None) -> None:
+        self.weights = np.random.default_rng(seed).normal(size=(3 * SIZE * SIZE, 3)).astype(np.float32)
+        self.digest, self.stop_at, self.seen = digest_of([self.weights]), stop_at, []
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        if len(self.seen) == self.stop_at:
+            raise Interrupted
+        assert x.shape[1:] == (3, SIZE, SIZE) and x.min() >= -1 and x.max() <= 1
+        self.seen.append(len(x))
+        return x.reshape(len(x), -1) @ self.weights
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MURA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def index(tmp_path) -> pd.DataFrame:
+    return make_films(tmp_path / "films", patients=10)
+
+
+def batches(index: pd.DataFrame, **options) -> Batches:
+    images = PixelStore.open_or_build(index, SIZE, progress=False)
+    return Batches(images, index, **{"batch_size": 6, "seed": 4} | options)
+
+
+def compute(of: Batches, extractor: Projection | None = None, **options):
+    return extract(extractor or Projection(), of, progress=False, **options)
+
+
+def assert_features_of(found, images: Batches, extractor: Projection) -> None:
+    """Batch for batch in this epoch: the features of the images, their targets, their order."""
+    assert len(found) == len(images) and np.array_equal(found.order, images.order)
+    for i in range(len(images)):
+        np.testing.assert_allclose(found[i][0], extractor(images[i][0]), rtol=1e-4, atol=1e-3)
+        assert found[i][0].dtype == np.float32 and np.array_equal(found[i][1], images[i][1])
+
+
+def test_features_are_those_of_each_image_in_any_order_and_computed_once(index):
+    extractor, options = Projection(), {"scale": "-1..1", "layout": "nchw", "shuffle": True}
+    found, images = compute(batches(index, shuffle=True), extractor), batches(index, **options)
+    assert sum(extractor.seen) == len(index)
+    for epoch in (0, 3):
+        found.set_epoch(epoch)
+        images.set_epoch(epoch)
+        assert_features_of(found, images, extractor)
+    assert found.index is not None and found.scale is None and found.epoch == 3
+    again = Projection()
+    whole = compute(batches(index, drop_last=True, target="body_part", batch_size=9), again, views=5)
+    assert again.seen == [] and len(whole) == 2 and whole[0][1].dtype == np.int64
+    assert [len(x) for x, _ in found] == [6, 6, 6, 2] and found.epoch == 4
+
+
+def test_as_many_views_as_epochs_are_augmenting_in_every_epoch(index):
+    extractor, augment = Projection(), {"augment": AUGMENTS["KL"], "shuffle": True}
+    found = compute(batches(index, **augment), extractor, views=3)
+    images = batches(index, scale="-1..1", layout="nchw", **augment)
+    assert sum(extractor.seen) == 3 * len(index)
+    first = [x for x, _ in found]
+    for epoch in range(3):
+        found.set_epoch(epoch)
+        images.set_epoch(epoch)
+        assert_features_of(found, images, extractor)
+    found.set_epoch(3)  # the first view again, in another order
+    back = np.argsort(found.order)
+    found_rows = np.concatenate([x for x, _ in found])[back]
+    found.set_epoch(0)
+    assert np.array_equal(found_rows, np.concatenate(first)[np.argsort(found.order)])
+
+
+def test_other_weights_images_seeds_or_augmentations_have_other_features(index, cache):
+    part, augment = index[index["split"].eq("train")], AUGMENTS["KL"]
+    for of, extractor in (
+        (batches(index), Projection()),
+        (batches(index), Projection(seed=1)),
+        (batches(part), Projection()),
+        (batches(index[::-1]), Projection()),
+        (batches(index, augment=augment), Projection()),
+        (batches(index, augment=augment, seed=5), Projection()),
+        (batches(index, augment=AUGMENTS["KN"]), Projection()),
+    ):
+        compute(of, extractor)
+        assert sum(extractor.seen) == len(of.index)
+    assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 7
+
+
+def test_a_replaced_image_has_new_features(index):
+    before = compute(batches(index))[0][0]
+    cv2.imwrite(str(Path(index.attrs["root"], index["path"][2])), np.full((32, 32), 90, np.uint8))
+    after = compute(batches(index))[0][0]
+    assert np.array_equal(np.flatnonzero((before != after).any(axis=1)), [2])
+
+
+def test_a_flipped_byte_of_cached_features_is_noticed(index, cache):
+    compute(batches(index))
+    (file,) = cache.glob("*/features.npy")
+    info, content = file.stat(), bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))  # nothing but the content tells
+    store._digest.cache_clear()  # as in another process
+    with pytest.raises(DiskError, match=r"features\.npy.*damaged.*Delete the folder"):
+        compute(batches(index))
+
+
+def test_an_interrupted_pass_leaves_nothing(index, cache):
+    with pytest.raises(Interrupted):
+        compute(batches(index), Projection(stop_at=3))
+    assert [entry for entry in cache.iterdir() if entry.suffix != ".lock"] == []
+
+
+def test_a_backbone_of_another_size_is_refused(index):
+    extractor = Projection()
+    extractor.size = 48
+    with pytest.raises(DataError, match="projection takes images of 48 px, this store holds 24 px"):
+        compute(batches(index), extractor)
+
+
+def test_keras_and_torch_take_features_as_they_take_images(index):
+    keras, torch = pytest.importorskip("keras"), pytest.importorskip("torch")
+    found = compute(batches(index, shuffle=True))
+    expected = [x for x, _ in compute(batches(index, shuffle=True))]
+    dataset, loader = found.keras(), found.torch()
+    assert isinstance(dataset, keras.utils.PyDataset) and dataset.scale is None and len(dataset) == 4
+    assert np.array_equal(np.concatenate([dataset[i][0] for i in range(4)]), np.concatenate(expected))
+    seen = list(loader)
+    assert torch.equal(torch.cat([x for x, _ in seen]), torch.from_numpy(np.concatenate(expected)))
+    assert loader.batches.epoch == 1 and loader.scale is None and seen[0][1].dtype == torch.float32
