@@ -16,7 +16,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
+import mura_demo
 from mura_course import data, text
+from mura_course.paths import cache_dir
 from mura_course.text import boxes, craft, scores
 
 RESULTS = Path(__file__).parent / "results" / "text_removal.csv"
@@ -59,7 +61,7 @@ def main() -> None:
     test = index[index["split"].eq("test")]
     studies = test["study"].drop_duplicates().sample(frac=1, random_state=0)
     rows = test.set_index("study").loc[studies].head(options.films)  # whole studies, as they are rendered
-    films = list(scores.known_films(index.attrs["root"], rows["path"].tolist()))
+    films = list(mura_demo.known_films(index.attrs["root"], rows["path"].tolist(), cache_dir()))
     table = {}
     for name, detector in detectors(options.threads).items():
         text.remove_text(films[0].image, detector)  # what is loaded late is loaded now

@@ -1,90 +1,22 @@
 """Room text: how well text was removed, measured where the truth is known: on the demo data. Chapter 2.
 
-Renders the chosen films anew with what is known about them. A *text pixel* is one that differs between a film
-and its text-free twin; a *bone pixel* one whose ray crosses more than `BONE` mm of bone inside the collimated
-field, and is no text pixel. Writes nothing but the renderer's bones, in the cache folder.
+Takes the films of `mura_demo.known_films`. A *text pixel* is one that differs between a film and its
+text-free twin; a *bone pixel* one of the film's bone mask that is no text pixel. Reads and writes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-import cv2
 import numpy as np
 import pandas as pd
+from skimage.metrics import structural_similarity
 
-import mura_demo
-from mura_demo import film as films
-from mura_demo import studies
+from mura_demo import KnownFilm
 
-from ..errors import DataError
-from ..paths import cache_dir
 from .boxes import Found
 
-BONE = 0.5  # mm
 KINDS = ("side letter", "side letter and more", "date", "word")
-
-
-@dataclass(frozen=True, eq=False)
-class KnownFilm:
-    """A demo film and its truth.
-
-    Attributes
-    ----------
-    path, patient : str, int
-        As in the index; intervals are over patients.
-    image, twin : ndarray
-        uint8 (H, W): the film, and the same without text.
-    bone : ndarray
-        bool (H, W).
-    texts : list of tuple
-        (text, x0, y0, x1, y1) of what is burned in, in pixels.
-    """
-
-    path: str
-    patient: int
-    image: np.ndarray
-    twin: np.ndarray
-    bone: np.ndarray
-    texts: list[tuple]
-
-    @property
-    def text(self) -> np.ndarray:
-        """Where film and twin differ, bool (H, W)."""
-        return self.image != self.twin
-
-
-def known_films(root: str | Path, paths: list[str]) -> Iterator[KnownFilm]:
-    """Render demo films anew with their truth, study by study, about 25 a second.
-
-    Parameters
-    ----------
-    root : path
-        A demo data folder, or a cleaned copy of one.
-    paths : list of str
-        Films, as the index names them.
-
-    Raises
-    ------
-    DataError
-        The folder holds no demo data of this version of the renderer.
-    """
-    try:
-        made = mura_demo.read_manifest(Path(root))
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    planned = {study.folder: study for study in studies.plan(made["studies"], made["seed"])}
-    for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
-        study, bones = planned[folder], cache_dir() / "bones"
-        scene, settings, _ = studies.set_up(study, made["seed"], made["long_side"], bones)
-        for i, setting in enumerate(settings, start=1):
-            if (path := f"{folder}/image{i}.png") in paths:
-                film = films.take(scene, setting, steps=(steps := {}))
-                image = film.image if film.image.ndim == 2 else film.image[..., 0]
-                bone = (films.shutters(setting)[0] > 0.5) & (steps["bone"] > BONE)
-                yield KnownFilm(path, study.patient, image, steps["plain"], bone, film.text_boxes)
+# Structural similarity as Wang et al. 2004 define it.
+SSIM = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
 
 
 def kind(text: str) -> str:
@@ -101,7 +33,7 @@ def score(film: KnownFilm, found: Found, clean: np.ndarray) -> dict[str, float |
     Parameters
     ----------
     film : KnownFilm
-        From `known_films`.
+        From `mura_demo.known_films`.
     found, clean : Found, ndarray
         What a detector found, and the film without it, uint8 (H, W).
 
@@ -109,7 +41,7 @@ def score(film: KnownFilm, found: Found, clean: np.ndarray) -> dict[str, float |
     -------
     dict
         patient, path, and counts of pixels and marks. A mark is found where more than half of its text pixels
-        are repainted. Of films with text, before and after: squared error and `ssim` to the twin.
+        are repainted. Of films with text, before and after: squared error and structural similarity to it.
     """
     text, bone, mask = film.text, film.bone & ~film.text, found.mask
     counts = {"text": text.sum(), "text removed": (text & mask).sum()}
@@ -125,22 +57,8 @@ def score(film: KnownFilm, found: Found, clean: np.ndarray) -> dict[str, float |
         counts |= {"films with text": 1, "their pixels": mask.size}
         for name, image in (("before", film.image), ("after", clean)):
             counts[f"square {name}"] = ((image.astype(float) - film.twin) ** 2).sum()
-            counts[f"ssim {name}"] = ssim(image, film.twin)
+            counts[f"ssim {name}"] = structural_similarity(image, film.twin, **SSIM)
     return {"patient": film.patient, "path": film.path} | {key: float(v) for key, v in counts.items()}
-
-
-def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two uint8 images (H, W), 1 where equal (Wang et al. 2004)."""
-    a, b = a.astype(float), b.astype(float)
-
-    def blur(image: np.ndarray) -> np.ndarray:
-        return cv2.GaussianBlur(image, (11, 11), 1.5, borderType=cv2.BORDER_REFLECT)
-
-    mean_a, mean_b, c1, c2 = blur(a), blur(b), (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    both = (2 * mean_a * mean_b + c1) * (2 * (blur(a * b) - mean_a * mean_b) + c2)
-    map_ = both / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return float(map_[5:-5, 5:-5].mean())
 
 
 # What `summary` divides by what.
