@@ -159,8 +159,7 @@ def test_the_renderers_own_partial_folder_of_another_order_gives_way(tmp_path):
     dataset._prepare(tmp_path, order | {"seed": 7})  # into an empty folder: a call that was killed at once
     (tmp_path / "done" / "0.json").write_text('{"films": []}')
     dataset._prepare(tmp_path, order)
-    assert json.loads((tmp_path / "order.json").read_text()) == order
-    assert not list((tmp_path / "done").iterdir())
+    assert dataset._read(tmp_path / "order.json") == order and not list((tmp_path / "done").iterdir())
 
 
 def test_other_data_and_damaged_manifests_are_left_alone_and_named(small, tmp_path):
