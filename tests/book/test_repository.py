@@ -128,6 +128,31 @@ def test_ci_runs_lint_tests_and_the_book_in_profile_smoke():
     assert lines == ["make lint", "make test", "make book MURA_PROFILE=smoke"]
 
 
+@pytest.mark.parametrize("blind", ["TensorFlow", "PyTorch"])
+def test_a_gpu_test_fails_where_a_framework_sees_no_gpu(blind, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TOP / "scripts")
+    import require_gpu
+
+    seen = {"TensorFlow": ["NVIDIA H100"], "PyTorch": ["NVIDIA H100"]}
+    monkeypatch.setattr(require_gpu, "gpus", lambda: seen)
+    assert require_gpu.main() == 0
+    seen[blind] = []
+    assert require_gpu.main() == 1
+    assert f"{blind} sees no GPU: .venv/bin/pip install" in capsys.readouterr().out
+
+
+def test_the_gpu_workflow_brings_cuda_checks_for_it_and_keeps_its_cache():
+    jobs = read_yaml(".github/workflows/gpu.yml")["jobs"]
+    for job in jobs.values():
+        commands = [step["run"] for step in job["steps"] if "run" in step]
+        assert any("tensorflow[and-cuda]" in command for command in commands)
+        assert any(re.search("make test-gpu|require_gpu.py", command) for command in commands)
+        assert "runner.temp" not in str(job)
+    assert "make test-gpu" in str(jobs["chapters"]) and "make book" in str(jobs["full"])
+    recipe = (TOP / "Makefile").read_text().split("test-gpu: $(INSTALLED)\n")[1].split("\n\n")[0]
+    assert recipe.index("require_gpu.py") < recipe.index("--nbval-lax") < recipe.index("book/*.ipynb")
+
+
 def test_help_names_every_command():
     listing = make(TOP).stdout
     for target in ("book", "pdf", "test", "test-gpu", "lint", "bench", "serve", "clean"):
