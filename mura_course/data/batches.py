@@ -143,7 +143,7 @@ def check_scale(expected: str, batches: object) -> None:
         )
 
 
-def _to_float(image: np.ndarray, scale: str, layout: str, out: np.ndarray) -> None:
+def to_float(image: np.ndarray, scale: str, layout: str, out: np.ndarray) -> None:
     """Write the uint8 `image` (size, size), scaled, three times into `out`, a view of a batch."""
     if layout == "nhwc":
         cv2.LUT(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), cv2.merge(list(SCALES[scale]))[None], dst=out)
@@ -274,7 +274,7 @@ class Batches:
             image = pixels[self._rows[member]]
             if self.augment is not None:
                 image = self.augment(image, self._draws[member])
-            _to_float(image, self.scale, self.layout, out)
+            to_float(image, self.scale, self.layout, out)
         return x, self.targets(members)
 
     def keras(self) -> Any:
