@@ -79,6 +79,17 @@ def test_there_are_chapters_and_each_is_listed_once():
     assert NUMBERED
 
 
+def test_the_page_of_the_package_holds_every_module():
+    modules = TOP.glob("mura_course/**/*.py")
+    names = [
+        ".".join(path.relative_to(TOP).with_suffix("").parts).removesuffix(".__init__") for path in modules
+    ]
+    page = (TOP / "book/api.md").read_text()
+    shown = re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE)
+    empty = {"mura_course", "mura_course.keras_tools", "mura_course.torch_tools"}  # bring no names themselves
+    assert sorted(shown) == sorted(set(names) - empty)
+
+
 @every_notebook
 def test_stored_without_outputs_for_any_python_3_kernel(path):
     notebook = read(path)
