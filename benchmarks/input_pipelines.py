@@ -9,7 +9,7 @@ alike, and those that wait for their turn are halted (not on Windows). tf.data h
 its rotation is Keras' RandomRotation layer, on the batch.
 
 Prints images/s (median over the rounds), the ratios, the processor time that an image costs (Linux; other
-load changes it least), each process's peak memory, and the share of its time that a consumer of 2,000
+load changes it least), each process's peak memory, and the fraction of its time that a consumer of 2,000
 images/s (a small GPU in mixed precision) waits for data.
 """
 
@@ -57,7 +57,8 @@ def write_films(folder: Path, count: int) -> None:
 
 def film_index(folder: Path) -> pd.DataFrame:
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("films/*/*.png"))
-    index = pd.DataFrame({"path": paths, "split": "train", "label": [int(path[6]) for path in paths]})
+    index = pd.DataFrame({"path": paths, "split": "train", "body_part": "HAND"})
+    index["label"] = [int(path[6]) for path in paths]
     index.attrs = {"root": str(folder), "name": "synthetic", "is_demo": True}
     return index
 
@@ -111,12 +112,12 @@ def torchvision(folder: Path) -> Iterator:
 
 
 def ours(folder: Path):
-    from mura_course import pixels
+    from mura_course import data
 
     index = film_index(folder)
     index = pd.concat([index] * 8)  # so that an epoch, which ends with idle threads, is as long as real ones
-    store = pixels.PixelStore.open_or_build(index, SIZE, cache=folder, progress=False)
-    return pixels.Batches(store, index, BATCH, shuffle=True, augment=pixels.KL_AUGMENT, drop_last=True)
+    store = data.PixelStore.open_or_build(index, SIZE, progress=False)
+    return data.Batches(store, index, BATCH, shuffle=True, augment=data.KL_AUGMENT, drop_last=True)
 
 
 def endless(batches) -> Iterator:
@@ -145,7 +146,7 @@ def batches_torch(folder: Path) -> Iterator:
 
 
 def drain(stream: Iterator, seconds: float, pause: float = 0.0) -> tuple[float, float, float]:
-    """Take batches for so long, pausing after each: images/s, share of the time waited, CPU ms an image."""
+    """Take batches for so long, pausing after each: images/s, fraction of time waited, CPU ms an image."""
     for _ in range(6):  # what was fetched ahead while other pipelines had their turn
         next(stream)
     images = waited = 0.0
@@ -194,6 +195,7 @@ def serve(name: str, folder: Path) -> None:
 
 def start(name: str, folder: Path) -> subprocess.Popen:
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    environment["MURA_CACHE"] = str(folder / "cache")
     command = [sys.executable, __file__, "--serve", name, "--folder", str(folder)]
     process = subprocess.Popen(
         command,
@@ -201,7 +203,7 @@ def start(name: str, folder: Path) -> subprocess.Popen:
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=open(folder / f"{name}.log", "w"),
+        stderr=(folder / f"{name}.log").open("w"),  # noqa: SIM115 - the process writes on
         start_new_session=True,  # so that `awake` reaches its workers, too
     )
     if process.stdout.readline().strip() != "ready":
