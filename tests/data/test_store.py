@@ -147,12 +147,8 @@ def test_other_data_are_refused(index, tmp_path):
 def test_wrong_arguments_are_refused_in_one_line(index):
     bare = index.copy()
     bare.attrs = {}
-    for bad, size, rule in (
-        (index[:0], 24, "pad"),
-        (bare, 24, "pad"),
-        (index, 0, "pad"),
-        (index, 24, "crop"),
-    ):
+    wrong = ((index[:0], 24, "pad"), (bare, 24, "pad"), (index, 0, "pad"), (index, 24, "crop"))
+    for bad, size, rule in wrong:
         with pytest.raises(DataError, match="load_index|must be one of 'squash', 'pad'") as caught:
             build(bad, size, rule=rule)
         assert "\n" not in str(caught.value)
