@@ -84,14 +84,10 @@ def test_it_goes_on_after_the_last_finished_epoch_with_all_that_was_known(
     assert kept == ["epoch-0001", "epoch-0007", "epoch-0008"]  # the best one and the last two
 
 
-class Forbidden(keras.callbacks.Callback):
-    def on_train_batch_begin(self, batch, logs=None):
-        raise AssertionError("trained although nothing was left to train")
-
-
 def test_killed_after_its_last_epoch_it_only_puts_the_best_weights_back(films, undisturbed, tmp_path):
     tiny_fit(films, tmp_path)
-    assert_ends_alike(tiny_fit(films, tmp_path, Forbidden()), undisturbed)
+    forbidden = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *a: pytest.fail("trained again"))
+    assert_ends_alike(tiny_fit(films, tmp_path, forbidden), undisturbed)
 
 
 DAMAGES = {
@@ -173,13 +169,11 @@ def test_a_loss_that_is_no_number_stops_at_once(films, tmp_path, loss):
 
 def test_the_wrong_scale_is_refused_and_progress_leaves_nothing_behind(films, capsys):
     sets, wrong = sets_of(films), sets_of(films, scale="imagenet")
-    model = tiny_model()
-    for call in (
-        lambda: training.fit(model, wrong["train original"], sets["validation"], 1),
-        lambda: training.predict(model, wrong["test"]),
-    ):
-        with pytest.raises(DataError, match="expects pixels scaled to '0..1'.*'imagenet'"):
-            call()
+    model, message = tiny_model(), "expects pixels scaled to '0..1'.*'imagenet'"
+    with pytest.raises(DataError, match=message):
+        training.fit(model, wrong["train original"], sets["validation"], 1)
+    with pytest.raises(DataError, match=message):
+        training.predict(model, wrong["test"])
     history = training.fit(model, sets["train original"], sets["validation"], 2)
     assert history["epoch"].tolist() == [1, 2]
     out, err = capsys.readouterr()
@@ -282,15 +276,11 @@ def test_the_reports_stopping():
 
 def test_a_gpu_gets_mixed_precision_where_the_profile_says_so(monkeypatch):
     gpu = type("Device", (), {"name": "/physical_device:GPU:0"})
-    full, demo = profiles.get("full"), profiles.get("demo")
-    for gpus, profile, policy in (
-        ([], full, "float32"),
-        ([gpu], full, "mixed_float16"),
-        ([gpu], demo, "float32"),
-    ):
+    cases = [([], "full", "float32"), ([gpu], "full", "mixed_float16"), ([gpu], "demo", "float32")]
+    for gpus, profile, policy in cases:
         with monkeypatch.context() as patch:
             patch.setattr(training.tf.config, "list_physical_devices", lambda kind, gpus=gpus: gpus)
-            with training.on_devices(profile):
+            with training.on_devices(profiles.get(profile)):
                 assert keras.config.dtype_policy().name == policy
         assert keras.config.dtype_policy().name == "float32"
 
