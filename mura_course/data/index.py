@@ -7,11 +7,12 @@ Knows the foundation only: no framework, no later stage. A row comes from a path
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def _read_side(root: Path, folder: str, split: str) -> pd.DataFrame:
     _refuse(label_file, studies, twice, "a study is listed more than once")
     unlabelled = ~images["folder"].isin(studies["folder"])
     _refuse(image_file, images, unlabelled, f"a study has no label in {label_file.name}")
-    files = list_files(root, images["folder"].unique())
+    files = list_files(root, images["folder"].unique().tolist())
     images["path"] = images["folder"] + "/" + images["image"]
     remedy = "Unpack the archive again, or take these lines out."
     _refuse(image_file, images, ~images["path"].isin(list(files)), "images absent", remedy, DataNotFoundError)
@@ -231,19 +232,21 @@ def _refuse(
         raise error(f"{file}: {len(lines):,} lines: {problem}. {remedy}{few(lines)}")
 
 
-def list_files(root: Path, folders: Iterable[str]) -> dict[str, os.stat_result]:
+def list_files(root: Path, folders: Sequence[str]) -> dict[str, os.stat_result]:
     """Return size and time of every ordinary file in these `folders` below `root`, by its path there."""
 
-    def listed(folder: str) -> list[tuple[str, os.stat_result]]:
-        try:
-            with os.scandir(root / folder) as entries:
-                return [(f"{folder}/{e.name}".lstrip("/"), e.stat()) for e in entries if e.is_file()]
-        except OSError:  # its images are then reported as absent
-            return []
+    def listed(some: Sequence[str]) -> dict[str, os.stat_result]:
+        found = {}
+        for folder in some:
+            with contextlib.suppress(OSError), os.scandir(root / folder) as entries:  # else: images absent
+                start = f"{folder}/" if folder else ""
+                found |= {start + entry.name: entry.stat() for entry in entries if entry.is_file()}
+        return found
 
     # Eight at a time: on a network drive each listing waits for the network.
     with ThreadPoolExecutor(8) as pool:
-        return dict(row for rows in pool.map(listed, folders) for row in rows)
+        parts = list(pool.map(listed, [folders[n::8] for n in range(8)]))
+    return {path: info for part in parts for path, info in part.items()}
 
 
 def few(items: Collection, shown: int = 5) -> str:
@@ -302,7 +305,7 @@ def pixel_key(index: pd.DataFrame) -> str:
         Images of the index are absent.
     """
     root, names = Path(index.attrs["root"]), sorted(set(index["path"]))
-    files = list_files(root, {name.rpartition("/")[0] for name in names})
+    files = list_files(root, sorted({name.rpartition("/")[0] for name in names}))
     if absent := [name for name in names if name not in files]:
         raise DataNotFoundError(
             f"{root}: {len(absent):,} images are absent. Put them back, or load the index again.{few(absent)}"

@@ -42,7 +42,7 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
 
     Notes
     -----
-    The images are dealt into folds. For 0.15, three of twenty folds become dev. A body part
+    The images are dealt into folds. For 0.15, three of twenty become dev, the nearest in size. A body part
     with fewer patients than folds may be missing from dev.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # slow to import
@@ -60,9 +60,10 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
     dev: list[int] = []
     with warnings.catch_warnings(), contextlib.suppress(ValueError):  # scikit-learn's, on too few images
         warnings.simplefilter("ignore", UserWarning)  # fewer of a class than folds: see the notes
-        sides = list(folds.split(strata, strata, train["patient"].astype("int64")))
-        # The last folds, as patients with very many images are dealt first.
-        dev = [row for _, rows in sides[-part.numerator :] for row in rows]
+        sides = [rows for _, rows in folds.split(strata, strata, train["patient"].astype("int64"))]
+        # By size, nearest first: a patient with very many images does not become the dev set.
+        sides.sort(key=lambda rows: abs(len(rows) * part.denominator - len(train)))
+        dev = [row for rows in sides[: part.numerator] for row in rows]
     if not 0 < len(dev) < len(train):
         raise DataError(
             f"{len(train):,} train images of {train['patient'].nunique():,} patients are too few for "
