@@ -67,9 +67,11 @@ def train(
         What `backbones.weights_file` and `runs.fit_or_load` raise.
     """
     stage = recipe.stages[0]
-    if len(recipe.stages) > 1 or stage.target != "label" or stage.steps or stage.fraction or recipe.parts:
+    others = (stage.target != "label", stage.steps, stage.fraction, recipe.parts, recipe.augment == "KN")
+    if len(recipe.stages) > 1 or any(others):
         raise TrainingError(
-            "Keras trains recipes of one stage, in epochs, on the label, with all body parts; torch_tools others."
+            "Keras trains recipes of one stage, in epochs, on the label, with all body parts and KL's "
+            "augmentation or none. torch_tools.training trains others."
         )
     start = weights or backbones.find_weights(recipe.backbone, profile)
 

@@ -251,6 +251,7 @@ def test_training_on_features_is_training_the_frozen_network(tiny, films, tmp_pa
         tiny_recipe(True, epochs=None, steps=5),
         tiny_recipe(True, fraction=0.5),
         Recipe(backbone="ResNet50", size=32, parts=("HAND",), stages=tiny_recipe(True).stages),
+        Recipe(backbone="ResNet50", size=32, augment="KN", stages=tiny_recipe(True).stages),
         Recipe(backbone="ResNet50", size=32, stages=2 * tiny_recipe(True).stages),
     ],
 )
