@@ -320,7 +320,8 @@ def load_truth(index: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row for each image of `index`, indexed by ``path``, with the other columns of ``truth.csv``.
+        A row for each image of `index`, indexed by ``path``, with the other columns of ``truth.csv``. A film
+        without a finding has NaN for its box (float64, pixels).
 
     Raises
     ------
@@ -331,8 +332,8 @@ def load_truth(index: pd.DataFrame) -> pd.DataFrame:
     if not index.attrs["is_demo"]:
         raise DataError(f"{index.attrs['name']} has no truth.csv: only demo data know their findings.")
     try:
-        truth = pd.read_csv(file, keep_default_na=False).drop_duplicates("path").set_index("path")
-        return truth.loc[index["path"]]
+        truth = pd.read_csv(file, keep_default_na=False, na_values=[""]).drop_duplicates("path")
+        return truth.set_index("path").loc[index["path"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{file} cannot be used ({error}). {RENDER}") from error
 

@@ -255,12 +255,12 @@ def test_demo_data_with_a_damaged_manifest(mura_folder, content):
 def test_the_truth_of_demo_films_is_read_apart_from_the_index(mura_folder):
     root = mura_folder("MURA-demo", truth=True)
     paths = [row[0] for row in expected_rows()]
-    lines = [f"{path},{'fracture' if n else 'NA'}" for n, path in enumerate(reversed(paths))]
-    (root / "truth.csv").write_text("\n".join(["path,finding", "beyond.png,none", *lines, "beyond.png,none"]))
-    index = data.load_index(root)
-    truth = data.load_truth(index)
-    assert tuple(index.columns) == data.COLUMNS
+    lines = [f"{path},{'fracture,12' if n else 'NA,'}" for n, path in enumerate(reversed(paths))]
+    lines = ["path,finding,box_x0", "beyond.png,none,", *lines, "beyond.png,none,"]
+    (root / "truth.csv").write_text("\n".join(lines))
+    truth = data.load_truth(data.load_index(root))
     assert truth.index.tolist() == paths and truth["finding"].tolist() == ["fracture"] * 12 + ["NA"]
+    assert truth["box_x0"].sum() == 12 * 12 and truth["box_x0"].isna().sum() == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"path,finding\n", b"finding\nx\n", b"\xff\xfe"])
