@@ -79,7 +79,7 @@ def efficientnet_lite0(
     weights : str, optional
         A file that `weights_file` returned; None: random ones.
     input_shape : tuple
-        Height, width and 3 channels; the input is float32 (batch, *input_shape) in -1..1.
+        Height, width and 3 channels; the input is float32 ``(batch, *input_shape)`` in -1..1.
     pooling : {"max"}, optional
         The last maps' maxima, (batch, 1280); None: the maps, (batch, height / 32, width / 32, 1280).
     name : str

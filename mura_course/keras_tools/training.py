@@ -328,9 +328,9 @@ class Checkpoint(keras.callbacks.Callback):
         self.train.set_epoch(epoch)
         for state in self.network.non_trainable_variables:
             if "seed_generator" in state.path:  # dropout's: a seed, and how many numbers were drawn
-                state.assign([keras.ops.convert_to_numpy(state)[0], epoch << 16])
+                state.assign([_numpy(state)[0], epoch << 16])
         self.since = time.perf_counter()
-        self.learning_rate = float(keras.ops.convert_to_numpy(self.network.optimizer.learning_rate))
+        self.learning_rate = float(_numpy(self.network.optimizer.learning_rate))
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Move the progress bar; stop at the first loss that is no number."""
@@ -366,6 +366,11 @@ class Checkpoint(keras.callbacks.Callback):
         for old in workdir.glob("epoch-*"):
             if old.name not in kept | {self.best}:
                 disk.remove(old)
+
+
+def _numpy(variable: Any) -> Any:
+    """Read the value of a variable, on one device or several."""
+    return keras.ops.convert_to_numpy(variable)
 
 
 def _verified(folder: Path) -> dict[str, Any]:
