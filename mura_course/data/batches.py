@@ -39,11 +39,20 @@ class Augment:
         Probability of mirroring left and right.
     autocontrast : float
         Probability of `autocontrast`.
+
+    Raises
+    ------
+    DataError
+        Degrees beyond 180, or a probability beyond 1.
     """
 
     rotation: float = 0.0
     flip: float = 0.0
     autocontrast: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rotation <= 180 and 0 <= self.flip <= 1 and 0 <= self.autocontrast <= 1):
+            raise DataError(f"Degrees lie between 0 and 180 and probabilities between 0 and 1, not {self}.")
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Change `image`, uint8 (height, width), as the 3 `draws`, uniform in [0, 1), decide."""

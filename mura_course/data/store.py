@@ -250,9 +250,8 @@ class PixelStore:
         """
         one_of("rule", rule, ("squash", "pad"))
         if size < 1 or index.empty or not {"name", "root"} <= index.attrs.keys():
-            raise DataError(
-                f"No store of {len(index)} images of {size} px: pass an index, as load_index makes it."
-            )
+            what = f"{len(index)} images of size {size}"
+            raise DataError(f"No store of {what}: pass an index, as load_index makes it, and a size above 0.")
         key = hashlib.sha256(f"{FORMAT} {pixel_key(index)}".encode()).hexdigest()[:12]
         folder = paths.cache_dir() / "pixels" / f"{index.attrs['name']}-{size}-{rule}-{key}"
         images = pd.Index(index["path"].unique()).sort_values()
