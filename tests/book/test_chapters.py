@@ -1,5 +1,6 @@
 """Static checks of every chapter: what can be seen without running it. nbval runs them (`make test`)."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -47,9 +48,25 @@ def labels(directive: str, text: str) -> list[str]:
     return [match[1] if match else block.split()[0] for match, block in zip(found, blocks, strict=True)]
 
 
+def without_functions(code: str) -> str:
+    """`code` without the functions that it defines: what they draw appears where they are called."""
+    lines = code.splitlines()
+    for node in ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.MULTILINE)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines)
+
+
 def drawing_cells(notebook: dict) -> list[dict]:
-    hidden = {"remove-output", "remove-cell"}
-    return [cell for cell in code_cells(notebook) if DRAWS.search(source(cell)) and not hidden & tags(cell)]
+    """Cells whose figures show: those that draw, or call a function of the notebook that does."""
+    hidden, draws = {"remove-output", "remove-cell"}, DRAWS.pattern
+    for cell in code_cells(notebook):
+        functions = re.split(r"^(?=def |class |\S)", source(cell), flags=re.MULTILINE)
+        names = [match[1] for text in functions if (match := re.match(r"def (\w+)", text))
+                 and DRAWS.search(text)]  # fmt: skip
+        draws += "".join(rf"|(?<![\w.]){name}\(" for name in names)
+    cells = [cell for cell in code_cells(notebook) if not hidden & tags(cell)]
+    return [cell for cell in cells if re.search(draws, without_functions(source(cell)))]
 
 
 def solution_code(notebook: dict) -> dict[str, str]:
@@ -204,6 +221,12 @@ def test_drawing_cells_are_recognised(code, draws):
     assert bool(drawing_cells({"cells": [cell]})) == draws
     cell["metadata"]["tags"] = ["remove-output"]
     assert drawing_cells({"cells": [cell]}) == []
+
+
+def test_a_function_draws_where_it_is_called():
+    define = {"cell_type": "code", "metadata": {}, "source": ["def show(x):\n    plt.imshow(x)\n\n\nx = 1"]}
+    call = {"cell_type": "code", "metadata": {}, "source": ["%time\nshow(x)"]}
+    assert drawing_cells({"cells": [define, call]}) == [call]
 
 
 def test_an_unfolded_or_unended_solution_is_seen():
