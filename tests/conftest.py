@@ -13,15 +13,12 @@ from making import write_mura
 settings.register_profile("book", deadline=None)
 settings.load_profile("book")
 
-# Whoever starts the longest file last waits for it alone: they go first where files run side by side.
-LONGEST = (
-    *("test_keras_transfer", "test_text_removal", "test_radiographs", "test_keras_models"),
-    *("test_pixels", "test_tuning", "test_integrity"),
-)
+# Whoever starts the longest file last waits for it alone: these rooms go first where files run side by side.
+LONGEST = ("keras_tools", "torch_tools", "demo", "text", "book", "data")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: (*LONGEST, item.path.parent.name).index(item.path.parent.name))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,45 +1,34 @@
-"""`import mura_course` is light, and the package's rooms load no deep-learning framework."""
+"""`import mura_course` is light, and no room but the frameworks' own loads a framework."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import mura_course
-
-HEAVY = ("tensorflow", "keras", "torch", "torchvision", "pandas", "matplotlib", "cv2", "numpy", "sklearn")
-
-
-def _loaded_after(statement: str) -> tuple[set[str], float]:
-    code = (
-        f"import sys, time; t = time.perf_counter(); {statement}; "
-        f"print(time.perf_counter() - t, *[m for m in {HEAVY!r} if m in sys.modules])"
-    )
-    seconds, *loaded = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.split()
-    return set(loaded), float(seconds)
+FRAMEWORKS = {"tensorflow", "keras", "torch", "torchvision", "lightning"}
+HEAVY = FRAMEWORKS | {"pandas", "matplotlib", "cv2", "numpy", "sklearn"}
 
 
-def test_importing_the_package_is_fast_and_loads_nothing_heavy():
-    loaded, seconds = _loaded_after("import mura_course")
-    assert loaded == set()
-    assert seconds < 0.3
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*{HEAVY!r} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
 
 
-@pytest.mark.parametrize("module, allowed", [
-    ("errors", set()),
-    ("profiles", set()),
-    ("chapter", set()),
-    ("data", {"numpy", "pandas"}),
-])  # fmt: skip
-def test_a_room_loads_no_more_than_it_needs(module, allowed):
-    loaded, _ = _loaded_after(f"import mura_course.{module}")
-    assert loaded <= allowed
+@pytest.mark.parametrize(
+    "module", ["", ".errors", ".paths", ".disk", ".profiles", ".recipes", ".chapter", ".cli"]
+)
+def test_the_package_and_its_floor_load_nothing_heavy(module):
+    assert loaded_after(f"import mura_course{module}") == set()
 
 
-def test_the_version_is_the_one_of_the_distribution():
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert re.search(r'^version = "(.+)"$', pyproject, re.MULTILINE)[1] == mura_course.__version__
+@pytest.mark.parametrize("modules", ["data", "text, runs", "metrics, reports, plots, weights"])
+def test_rooms_load_no_framework(modules):
+    assert not loaded_after(f"from mura_course import {modules}") & FRAMEWORKS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room, foreign", [("keras_tools", "torch"), ("torch_tools", "tensorflow")])
+def test_a_frameworks_room_does_not_load_the_other_framework(room, foreign):
+    loaded = loaded_after(f"from mura_course.{room} import models, training")
+    assert loaded & FRAMEWORKS and foreign not in loaded
