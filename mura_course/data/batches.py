@@ -132,6 +132,7 @@ SCALES: dict[str, np.ndarray] = {
     "0..255": _GREY[None].astype(np.float32),  # models that scale inside
     "imagenet": ((_GREY / 255 - _MEAN) / _STD).astype(np.float32),  # KN 2.1
 }
+TABLES = {scale: cv2.merge(list(levels))[None] for scale, levels in SCALES.items()}  # the same, channels last
 
 
 def check_scale(expected: str, batches: object) -> None:
@@ -155,7 +156,7 @@ def check_scale(expected: str, batches: object) -> None:
 def to_float(image: np.ndarray, scale: str, layout: str, out: np.ndarray) -> None:
     """Write the uint8 `image` (size, size), scaled, three times into `out`, a view of a batch."""
     if layout == "nhwc":
-        cv2.LUT(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), cv2.merge(list(SCALES[scale]))[None], dst=out)
+        cv2.LUT(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), TABLES[scale], dst=out)
     else:
         for channel, levels in zip(out, SCALES[scale], strict=False):
             cv2.LUT(image, levels, dst=channel)
