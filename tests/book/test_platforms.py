@@ -110,11 +110,14 @@ def test_every_module_of_a_chapter_is_on_the_platform_or_comes_with_its_extras(p
 
 HIDING = """\
 import sys
-class Hidden:
+class Blind:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {hidden!r}:
-            raise ModuleNotFoundError(f"hidden: {{name}}", name=name)
-sys.meta_path.insert(0, Hidden())
+        return None if name.split(".")[0] in {hidden!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Blind, sys.meta_path)
 """
 
 

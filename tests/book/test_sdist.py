@@ -12,7 +12,15 @@ import pytest
 TOP = Path(__file__).resolve().parents[2]
 BUILD = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
 NOT_SOURCES = (".git", ".venv", "_build", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints")
-CACHES = (".pytest_cache", ".ruff_cache", ".grimp_cache", ".hypothesis", ".coverage*", "htmlcov")
+CACHES = (
+    ".pytest_cache",
+    ".ruff_cache",
+    ".import_linter_cache",
+    ".grimp_cache",
+    ".hypothesis",
+    ".coverage*",
+    "htmlcov",
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +63,8 @@ def test_its_tests_run_where_it_was_unpacked(unpacked):
         sys.executable,
         "-m",
         "pytest",
-        "-q",
         "tests/test_foundation.py",
-        "tests/book/test_chapters.py",
+        "tests/book/test_repository.py",
     ]
     environment = os.environ | {"PYTHONPATH": str(inside)}
     result = subprocess.run(command, cwd=inside, env=environment, capture_output=True, text=True)
