@@ -6,6 +6,7 @@ Writes only where torch keeps downloaded weights, and where `runs` asks for a mo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,14 +269,8 @@ def classifier(
     return ImageClassifier(name, backbone(name, weights), head, outputs, frozen)
 
 
-def resnet18(
-    head: Head = "linear", frozen: bool = True, weights: str = "imagenet", outputs: int = 1
-) -> ImageClassifier:
-    """Build KN's model: ResNet18 without its top and a new head, for images of 256 x 256 px (KN 2.1, 2.2).
-
-    Parameters and errors as `classifier`.
-    """
-    return classifier("ResNet18", head, frozen, weights, outputs)
+resnet18 = functools.partial(classifier, "ResNet18")
+"""KN's model: ResNet18 without its top and a new head, for images of 256 x 256 px (KN 2.1, 2.2)."""
 
 
 # Saved models -----------------------------------------------------------------------------------
@@ -288,40 +283,35 @@ def _(model: nn.Module, folder: Path) -> str:
 
 
 def build_like(architecture: dict[str, Any]) -> ImageClassifier:
-    """Build a frozen classifier of this `architecture`, with random weights; KeyError where it is of none."""
+    """Build a frozen classifier of this `architecture`, with random weights."""
     name, head, outputs = (architecture[key] for key in ("backbone", "head", "outputs"))
     return classifier(name, tuple(head), weights="random", outputs=outputs)
 
 
-def load(run: runs.Run, into: nn.Module | None = None, like: Callable[[dict], nn.Module] = build_like) -> Any:
+def load(run: runs.Run, into: nn.Module | None = None) -> Any:
     """Load the trained model of a run.
 
     Parameters
     ----------
     run : Run
-        Of an `ImageClassifier`; with `into` or `like` of another torch module.
+        Of an `ImageClassifier` or, with `into`, of any torch module.
     into : nn.Module, optional
         A module like the run's, which is filled and returned.
-    like : callable
-        architecture -> such a module, where `into` is left out.
 
     Returns
     -------
     nn.Module
-        On the processor, its backbone frozen.
+        On the processor; a classifier's backbone is frozen.
 
     Raises
     ------
     RunError
         The run has no model, its file was changed, or it is of another model.
     """
-    file, architecture = run.model_file(), run.info["architecture"]
+    file = run.model_file()
     try:
-        model = like(architecture) if into is None else into
+        model = build_like(run.info["architecture"]) if into is None else into
         safetensors.torch.load_model(model, file)
-    except (KeyError, TypeError, ModelError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()[:200]
-        raise RunError(
-            f"{file} holds another model than was asked for: {architecture}. ({reason})"
-        ) from error
+    except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise RunError(f"{file} is whole, but of another model than was asked for ({error}).") from error
     return model

@@ -26,7 +26,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
-from torch.nn import functional
 from torchmetrics import classification
 from torchmetrics.utilities.data import dim_zero_cat
 from tqdm import tqdm
@@ -118,11 +117,11 @@ class Task(lightning.LightningModule):
         for target, truth in y.items():
             if target == "label":
                 said = logits[:, 0]
-                losses.append(functional.binary_cross_entropy_with_logits(said, truth))
+                losses.append(nn.functional.binary_cross_entropy_with_logits(said, truth))
                 said = said.float().sigmoid()
             else:
                 said = logits[:, -PARTS:]
-                losses.append(functional.cross_entropy(said, truth))
+                losses.append(nn.functional.cross_entropy(said, truth))
             for name, metric in watched[target].items():
                 metric.update(said.detach(), truth.long())
                 self.log(prefix + name, metric, **options)
@@ -150,9 +149,7 @@ class Checkpoints(TorchCheckpointIO):
         with disk.atomic(Path(path)) as beside:
             beside.write_bytes(hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = "cpu", weights_only: Any = True
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
         """Return the checkpoint at `path`; errors as `read`."""
         return read(Path(path))
 
