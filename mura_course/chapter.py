@@ -10,33 +10,20 @@ import importlib.util
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
 from typing import TYPE_CHECKING
 
 from .errors import KernelError
+from .paths import cores
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from .profiles import Profile
 
-PYTHON = (3, 11)
 NEEDED = ("numpy", "pandas", "sklearn", "cv2", "matplotlib", "platformdirs")
-
-_MURA_ADVICE = {
-    "colab": "MURA on Colab: agree to Stanford's licence, put the archive on your Google Drive, mount the "
-    "Drive, and unpack it into /content (reading single images from the Drive is slow). It is found there.",
-    "kaggle": "MURA on Kaggle: agree to Stanford's licence, then Add Input and choose your (private) copy. "
-    "It is found under /kaggle/input. Downloads of weights need Settings > Internet on.",
-    "own machine": "MURA: agree to Stanford's licence, unpack the archive, and set MURA_DATA to its folder.",
-}
-_GPU_ADVICE = {
-    "colab": "A GPU on Colab: Runtime > Change runtime type.",
-    "kaggle": "A GPU on Kaggle: Settings > Accelerator.",
-}
 
 
 def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
@@ -74,50 +61,33 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
     choice = f"to change it, set {profiles.ENVIRONMENT_VARIABLE} to {', '.join(profiles.NAMES)}"
     _say("data", data.describe(index))
     _say("profile", f"{profile.name} ({choice})")
-    _say("device", ", ".join(gpus) if gpus else f"CPU, {_cores()} cores")
+    _say("device", ", ".join(gpus) if gpus else f"CPU, {cores()} cores")
     _say("weights", f"ImageNet's; where they cannot be downloaded, {without}")
     _say("seed", str(seed))
-    for note in _notes(profile.name, index.attrs["is_demo"], bool(gpus)):
-        _say("note", note)
+    if profile.name == "full" and not gpus:
+        _say("note", "no GPU: the full profile takes hours to days; set MURA_PROFILE=demo for a short run.")
+    if index.attrs["is_demo"]:
+        _say("note", "demo data: no score compares with the reports'. For MURA and GPUs: the setup chapter.")
     return profile, index
-
-
-def platform() -> str:
-    """``colab``, ``kaggle`` or ``own machine``."""
-    if "google.colab" in sys.modules:
-        return "colab"
-    if "kaggle_secrets" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return "kaggle"
-    return "own machine"
 
 
 def gpu_names() -> list[str]:
     """Names of the NVIDIA GPUs that this process may use, by ``nvidia-smi``; empty where there are none."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return []
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
     try:
-        listing = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):  # a broken driver: frameworks will not see the GPU either
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):  # no driver, or a broken one: no framework sees a GPU either
         return []
     return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", listing.stdout, re.MULTILINE)
 
 
 def check_kernel() -> None:
     """Raise KernelError, saying which kernel to choose, where this Python lacks what the book needs."""
-    if sys.version_info < PYTHON:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise KernelError(
-            f"This kernel runs Python {sys.version.split()[0]}; the book needs 3.11 or later. Choose another "
-            "kernel (Kernel > Change Kernel), or make the environment anew."
-        )
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise KernelError(
-            f"This kernel's Python ({sys.executable}) lacks {', '.join(missing)}: probably not the one that "
-            "the book was installed into. Choose that one (Kernel > Change Kernel), or install the book's "
-            "package here, as the setup chapter shows."
+            f"This kernel's Python ({sys.executable}) lacks {', '.join(missing)}. Choose the book's own "
+            "(Kernel > Change Kernel), or install the book's package here, as the setup chapter shows."
         )
 
 
@@ -130,27 +100,6 @@ def _seed_everything(seed: int) -> None:
         tensorflow.random.set_seed(seed)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(seed)
-
-
-def _cores() -> int:
-    """Cores that this process may use, which in a container may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _notes(profile_name: str, is_demo: bool, has_gpu: bool) -> list[str]:
-    notes = []
-    if profile_name == "full" and is_demo:
-        notes.append(
-            "these are demo data: the full profile's settings are meant for MURA, and scores on synthetic "
-            "films cannot be compared with the reports'."
-        )
-    if profile_name == "full" and not has_gpu:
-        notes.append("no GPU: the full profile takes hours to days; set MURA_PROFILE=demo for a short run.")
-    if is_demo:
-        notes.append(_MURA_ADVICE[platform()])
-    if not has_gpu and platform() in _GPU_ADVICE:
-        notes.append(_GPU_ADVICE[platform()])
-    return notes
 
 
 def _say(name: str, text: str) -> None:

@@ -7,6 +7,7 @@ it.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .errors import MuraError, printable
@@ -26,13 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _number(text: str) -> int:
-    """Read a whole number of 1 or more, for argparse, which prints the message."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mura-course", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--version", action="version", version=f"mura-course {__version__}")
@@ -40,77 +34,62 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="render a demo data set in MURA's layout")
     demo.add_argument("--out", type=Path, required=True, help="folder to put MURA-demo into")
-    demo.add_argument("--studies", type=_number, default=2000, help="train and test together (2000)")
+    demo.add_argument("--studies", type=int, default=2000, help="train and test together (2000)")
     demo.add_argument("--seed", type=int, default=0, help="another seed, other patients (0)")
-    demo.add_argument("--long-side", type=_number, default=320, help="longest side in pixels (320)")
-    demo.add_argument(
-        "--text-free", dest="text", action="store_false", help="the same films without burned-in text"
-    )
-    demo.add_argument("--workers", type=_number, help="processes (one a core)")
+    demo.add_argument("--long-side", type=int, default=320, help="longest side in pixels (320)")
+    demo.add_argument("--workers", type=int, help="processes (one a core)")
     demo.set_defaults(run=_demo)
 
     check = commands.add_parser("check", help="compare a data set with what MURA v1.1 must hold")
     check.add_argument("data", type=Path, metavar="FOLDER_OR_ZIP", help="data, or MURA's zip as downloaded")
     check.add_argument("--out", type=Path, metavar="FOLDER", help="unpack a zip there (beside it)")
-    check.add_argument("--workers", type=_number, help="threads (one a core)")
     check.set_defaults(run=_check)
 
     text = commands.add_parser("remove-text", help="copy a data set, without the text in its films")
     text.add_argument("data", type=Path, metavar="IN", help="data folder, which stays as it is")
     text.add_argument("out", type=Path, metavar="OUT", help="new folder; a call that was killed continues")
     text.add_argument("--detector", default="rapidocr", help="rapidocr (default), strokes or keras-ocr")
-    text.add_argument("--workers", type=_number, help="processes (two)")
     text.set_defaults(run=_remove_text)
 
     runs = commands.add_parser("runs", help="list finished runs, or compare two of them")
-    runs.set_defaults(run=_list_runs)
-    actions = runs.add_subparsers(metavar="action")
-    diff = actions.add_parser("diff", help="what changed between two runs, or two folders of runs")
-    diff.add_argument("a", type=Path)
-    diff.add_argument("b", type=Path)
-    diff.set_defaults(run=_diff_runs)
+    runs.set_defaults(run=_runs)
+    diff = runs.add_subparsers(metavar="action").add_parser("diff", help="what changed between two runs")
+    diff.add_argument("a", type=Path, help="folder of a run")
+    diff.add_argument("b", type=Path, help="folder of another")
     return parser
 
 
-def _demo(out: Path, studies: int, seed: int, long_side: int, text: bool, workers: int | None) -> None:
+def _demo(**order: Any) -> None:
     import mura_demo
 
     from .paths import cache_dir
 
-    folder = mura_demo.write_demo(out, studies, seed, long_side, text, workers, cache=cache_dir())
+    folder = mura_demo.write_demo(**order, cache=cache_dir())
     print(f"{folder}\nTo use it, set MURA_DATA to this folder.")
 
 
-def _check(data: Path, out: Path | None, workers: int | None) -> int:
+def _check(data: Path, out: Path | None) -> int:
     from .data import check
 
-    folder = data.expanduser()
-    if folder.is_file():
-        folder = check.extract(folder, out)
+    if data.is_file():
+        data = check.extract(data, out)
     elif out:
-        raise ValueError(f"--out says where to unpack a zip file, and {folder} is none. Leave it out.")
-    table = check.check(folder, workers=workers)
+        raise ValueError(f"--out says where to unpack a zip file, and {data} is none. Leave it out.")
+    table = check.check(data)
     print(check.report(table))
     return 0 if table.empty else 1
 
 
-def _remove_text(data: Path, out: Path, detector: str, workers: int | None) -> None:
+def _remove_text(data: Path, out: Path, detector: str) -> None:
     from .text import clean_dataset
 
-    record = clean_dataset(data, out, detector, workers)
-    found = f"found text in {record['films_with_text']:,}, in {record['boxes']:,} boxes"
-    print(f"{out}: {record['films']:,} films; the detector {detector} {found}.")
-    print("To use it, set MURA_DATA to this folder.")
+    record = clean_dataset(data, out, detector)
+    found = f"{record['films']:,} films, text found in {record['films_with_text']:,}"
+    print(f"{out}: {found}. To use it, set MURA_DATA to this folder.")
 
 
-def _list_runs() -> None:
+def _runs(a: Path | None = None, b: Path | None = None) -> None:
     from . import runs
 
-    table = runs.list_runs()
-    print(table.to_string() if len(table) else "There are no runs yet: they appear as chapters train.")
-
-
-def _diff_runs(a: Path, b: Path) -> None:
-    from . import runs
-
-    print(runs.diff(a, b).to_string())
+    table = runs.diff(a, b) if a and b else runs.list_runs()
+    print(printable(table.to_string()) if len(table) else "Nothing: no runs yet, or no difference.")

@@ -26,9 +26,7 @@ DAY = 86_400.0  # seconds after which what a killed process left is removed
 
 def remedy(variable: str) -> str:
     """Say what to do about a disk that refuses; without a `variable` to set, the caller named the folder."""
-    other = (
-        f"set the environment variable {variable} to another folder" if variable else "name another folder"
-    )
+    other = f"set {variable} to another folder" if variable else "name another folder"
     return f"Make room or allow writing there, or {other}."
 
 
@@ -69,9 +67,8 @@ def atomic(path: Path, variable: str = "MURA_CACHE") -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with named(path, variable):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(beside)  # left by a killed process that had this number
-        for old in path.parent.glob(f".{path.name}.*.part"):  # left by others
-            if time.time() - old.lstat().st_mtime > DAY:
+        for old in path.parent.glob(f".{path.name}.*.part"):  # left by killed processes, one of this number
+            if old == beside or time.time() - old.lstat().st_mtime > DAY:
                 remove(old)
         try:
             yield beside
@@ -147,7 +144,7 @@ def read_json(file: Path, advice: str) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(file).decode())
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        reason = getattr(error, "strerror", None) or error
         raise DiskError(f"{file} cannot be read ({reason}). {advice}") from error
     if not isinstance(content, dict):
         raise DiskError(f"{file} holds no JSON object. {advice}")

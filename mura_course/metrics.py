@@ -8,7 +8,7 @@ numbers are about. Chapter 1 explains both levels, chapter 6 the bootstrap.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,9 +32,7 @@ PROVENANCE = ("data", "is_demo", "fingerprint", "profile", "weights", "run")
 _CELLS = 100_000
 
 
-def image_report(
-    predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def image_report(predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000) -> pd.DataFrame:
     """Score every image on its own: one row per body part present, and OVERALL.
 
     Parameters
@@ -44,8 +42,8 @@ def image_report(
         [0, 1].
     threshold : float
         An image is called abnormal where probability > threshold, as Keras and the MURA paper do.
-    samples, seed : int
-        Resamples of the bootstrap, and its seed.
+    samples : int
+        Resamples of the bootstrap, whose seed is fixed: the same predictions have the same intervals.
 
     Returns
     -------
@@ -68,12 +66,10 @@ def image_report(
     other, and resampling single images would give intervals that are too narrow. Where all predictions are
     right, the interval is the single point 1: too few errors to bootstrap, not certainty.
     """
-    return _report(check(predictions), "image", threshold, samples, seed)
+    return _report(check(predictions), "image", threshold, samples)
 
 
-def study_report(
-    predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def study_report(predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000) -> pd.DataFrame:
     """Score studies, a study's probability being the mean over its views (MURA paper, section 3).
 
     Parameters and result as in `image_report`; `n` and `positives` count studies.
@@ -83,7 +79,7 @@ def study_report(
     PredictionsError
         As `image_report`, and where the images of one study bear two labels.
     """
-    return _report(study_predictions(predictions), "study", threshold, samples, seed)
+    return _report(study_predictions(predictions), "study", threshold, samples)
 
 
 def study_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -95,27 +91,16 @@ def study_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
     studies = predictions.groupby("study", sort=True, observed=True)
     constant = ["label", "body_part", "patient"] + ["split"] * ("split" in predictions)
     for column in constant:
-        varying = studies[column].nunique()
-        if (varying > 1).any():
-            raise PredictionsError(
-                f"{(varying > 1).sum()} studies have more than one {column}, first {varying.idxmax()!r}: a "
-                "study is one patient's, of one body part, with one label. Correct that column."
-            )
-    table = studies[constant].first()
-    table["probability"] = studies["probability"].mean()
-    table["views"] = studies.size()
-    table = table.reset_index()
+        if (varying := studies[column].nunique()).gt(1).any():
+            raise PredictionsError(f"The study {varying.idxmax()!r} has more than one {column}: correct it.")
+    found = {"probability": studies["probability"].mean(), "views": studies.size()}
+    table = studies[constant].first().assign(**found).reset_index()
     table.attrs = dict(predictions.attrs)
     return table
 
 
 def paired_difference(
-    a: pd.DataFrame,
-    b: pd.DataFrame,
-    level: str = "image",
-    threshold: float = 0.5,
-    samples: int = 1000,
-    seed: int = 0,
+    a: pd.DataFrame, b: pd.DataFrame, level: str = "image", samples: int = 1000
 ) -> pd.DataFrame:
     """How much better `a` is than `b`, two models' predictions of the same images, in any order.
 
@@ -125,8 +110,8 @@ def paired_difference(
         As for `image_report`, with `path` too.
     level : {"image", "study"}
         What is scored.
-    threshold, samples, seed
-        As for `image_report`.
+    samples : int
+        As for `image_report`. What has a probability above 0.5 is called abnormal.
 
     Returns
     -------
@@ -153,16 +138,15 @@ def paired_difference(
             f"The predictions are not of the same {len(a)} and {len(b)} {level}s with the same labels: a "
             "paired comparison needs both models on the same test set."
         )
-    patients, patient = np.unique(a["patient"].to_numpy(), return_inverse=True)
-    scorers = [Scorer(a["label"].to_numpy(), t["probability"].to_numpy(), patient, threshold) for t in (a, b)]
+    first, second = Scorer(a, 0.5), Scorer(b, 0.5)
 
     def differences(weights: np.ndarray) -> dict[str, np.ndarray]:
-        ours, theirs = (scorer(weights) for scorer in scorers)
+        ours, theirs = first(weights), second(weights)
         return {metric: ours[metric] - theirs[metric] for metric in METRICS}
 
-    summary = _intervals(differences, len(patients), len(a), samples, _generator(seed, "OVERALL"))
-    table = pd.DataFrame.from_dict(summary, orient="index", columns=list(FOUND))
-    table.attrs = {"level": level, "threshold": threshold, "samples": samples}
+    found = _intervals(differences, first.patients, len(a), samples, _generator("OVERALL"))
+    table = pd.DataFrame.from_dict(found, orient="index", columns=list(FOUND))
+    table.attrs = {"level": level, "samples": samples}
     return table
 
 
@@ -172,61 +156,56 @@ def provenance_of(table: pd.DataFrame) -> dict:
     return attrs | {key: table.attrs[key] for key in PROVENANCE if key in table.attrs}
 
 
-def check(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Return the predictions with float probabilities and int labels; PredictionsError says what is wrong."""
-    needed = ["body_part", "patient", "study", "label", "probability"]
-    if missing := [column for column in needed if column not in predictions]:
-        raise PredictionsError(
-            f"The predictions lack the column(s) {', '.join(missing)}. They need the columns of the index "
-            "(see data.load_index) and `probability`, the predicted probability of abnormal."
-        )
+def check(predictions: pd.DataFrame, more: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the predictions with float probabilities and int labels; PredictionsError says what is wrong.
+
+    `more` are columns that have to be there, beside those that every score needs.
+    """
+    needed = ["body_part", "patient", "study", *more, "label", "probability"]
+    if missing := ", ".join(column for column in needed if column not in predictions):
+        raise PredictionsError(f"The predictions lack {missing}: give the index's rows with `probability`.")
     if predictions.empty:
         raise PredictionsError("The predictions are empty: no image to score. Is the split's name right?")
-    probability = pd.to_numeric(predictions["probability"], errors="coerce")
-    wrong = predictions["probability"][~probability.between(0, 1)]  # NaN is not between
-    if len(wrong):
-        raise PredictionsError(
-            f"{len(wrong)} of {len(predictions)} probabilities are not between 0 and 1, first "
-            f"{wrong.iloc[0]!r} at row {wrong.index[0]!r}. Give the output after the sigmoid; NaN means that "
-            "the training diverged."
-        )
-    if gaps := [column for column in needed if predictions[column].isna().any()]:
+    if gaps := [column for column in needed[:-2] if predictions[column].isna().any()]:
         raise PredictionsError(f"The predictions have empty cells in column(s) {', '.join(gaps)}.")
-    if "path" in predictions and len(twice := predictions["path"][predictions["path"].duplicated()]):
-        first = f"first {twice.iloc[0]!r}: score one model at a time"
-        raise PredictionsError(f"{len(twice)} images are predicted more than once, {first}.")
-    other = sorted(set(predictions["label"][~predictions["label"].isin([0, 1])].astype(str)))
-    if other:
-        found = ", ".join(other[:5])
-        raise PredictionsError(f"Labels must be 0 (normal) or 1 (abnormal); found also {found}.")
+    probability = pd.to_numeric(predictions["probability"], errors="coerce")
+    sigmoid = "Give the output after the sigmoid; NaN means that the training diverged."
+    _refuse(predictions["probability"], ~probability.between(0, 1), "not between 0 and 1", sigmoid)
+    _refuse(predictions["label"], ~predictions["label"].isin([0, 1]), "not 0 (normal) or 1 (abnormal)")
+    if "path" in predictions:
+        twice = predictions["path"].duplicated()
+        _refuse(predictions["path"], twice, "predicted more than once", "Score one model at a time.")
     return predictions.assign(probability=probability.astype(float), label=predictions["label"].astype(int))
 
 
-def _report(rows: pd.DataFrame, level: str, threshold: float, samples: int, seed: int) -> pd.DataFrame:
+def _refuse(column: pd.Series, wrong: pd.Series, why: str, remedy: str = "") -> None:
+    """Raise PredictionsError, with the first of the wrong values, if there is one."""
+    if wrong.any():
+        count = f"{wrong.sum()} of {len(wrong)} values of {column.name} are {why}"
+        first = f"first {column[wrong].iloc[0]!r} in row {wrong.idxmax()!r}"
+        raise PredictionsError(f"{count}, {first}. {remedy}")
+
+
+def _report(rows: pd.DataFrame, level: str, threshold: float, samples: int) -> pd.DataFrame:
     """One row per body part and OVERALL; `rows` are images or studies."""
     parts = {str(part): group for part, group in rows.groupby("body_part", observed=True)}
-    summaries = {}
+    lines: dict[str, dict[tuple[str, str], object]] = {}
     for part, group in (dict(sorted(parts.items())) | {"OVERALL": rows}).items():
-        summaries[part] = _summary(group, level, threshold, samples, _generator(seed, part))
-    table = pd.DataFrame(summaries.values(), index=pd.Index(summaries, name="body_part"))
-    table.columns = pd.MultiIndex.from_tuples(next(iter(summaries.values())))
+        scorer = Scorer(group, threshold)
+        counts = (level, len(group), scorer.patients, int(group["label"].sum()))
+        lines[part] = {(name, ""): count for name, count in zip(COUNTS, counts, strict=True)}
+        found = _intervals(scorer, scorer.patients, len(group), samples, _generator(part))
+        for metric, numbers in found.items():
+            lines[part] |= {(metric, name): n for name, n in zip(FOUND, numbers, strict=True)}
+    table = pd.DataFrame(lines.values(), index=pd.Index(lines, name="body_part"))
+    table.columns = pd.MultiIndex.from_tuples(lines["OVERALL"])
     table.attrs |= provenance_of(rows) | {"level": level, "threshold": threshold, "samples": samples}
     return table
 
 
-def _generator(seed: int, part: str) -> np.random.Generator:
+def _generator(part: str) -> np.random.Generator:
     """Make a stream per body part: its interval does not depend on which other parts are in the table."""
-    return np.random.default_rng([seed, zlib.crc32(part.encode())])
-
-
-def _summary(rows: pd.DataFrame, level: str, threshold: float, samples: int, rng) -> dict:
-    patients, patient = np.unique(rows["patient"].to_numpy(), return_inverse=True)
-    scorer = Scorer(rows["label"].to_numpy(), rows["probability"].to_numpy(), patient, threshold)
-    counts = (level, len(rows), len(patients), int(rows["label"].sum()))
-    summary: dict[tuple[str, str], object] = {(c, ""): n for c, n in zip(COUNTS, counts, strict=True)}
-    for metric, found in _intervals(scorer, len(patients), len(rows), samples, rng).items():
-        summary |= {(metric, name): number for name, number in zip(FOUND, found, strict=True)}
-    return summary
+    return np.random.default_rng([0, zlib.crc32(part.encode())])
 
 
 def _intervals(score: Callable, patients: int, rows: int, samples: int, rng) -> dict[str, tuple]:
@@ -254,13 +233,16 @@ def resample(patients: int, rows: int, samples: int, rng: np.random.Generator) -
 
 
 class Scorer:
-    """All metrics under many weightings of the patients at once; sorts and counts only once.
+    """All metrics under many weightings of the `patients` patients at once; sorts and counts only once.
 
     Called with weights (resamples, patients), returns {metric: float64 (resamples,)}, NaN where undefined.
     """
 
-    def __init__(self, label: np.ndarray, probability: np.ndarray, patient: np.ndarray, threshold: float):
-        """Take label 0/1, probability in [0, 1], patient 0, 1, 2, ...: all of shape (rows,)."""
+    def __init__(self, rows: pd.DataFrame, threshold: float) -> None:
+        """Take rows with `label` 0 or 1, `probability` in [0, 1], and `patient`; number the patients."""
+        label, probability = rows["label"].to_numpy(), rows["probability"].to_numpy()
+        names, patient = np.unique(rows["patient"].to_numpy(), return_inverse=True)
+        self.patients = len(names)
         called, abnormal = probability > threshold, label == 1
         cells = [abnormal & called, ~abnormal & called, ~abnormal & ~called, abnormal & ~called]
         # (patients, 4): each patient's true positives, false positives, true negatives, false negatives.

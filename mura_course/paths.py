@@ -1,4 +1,4 @@
-"""Where things lie: the cache folder, and how a path is shown to a reader. Imports only `errors`.
+"""Where things lie: the cache folder, and how a path is shown to a reader; the cores. Imports only `errors`.
 
 Writes nothing but the cache folder itself. The setup chapter explains `MURA_CACHE`.
 """
@@ -39,6 +39,11 @@ def cache_dir() -> Path:
             "variable MURA_CACHE to a folder that can."
         ) from error
     return folder
+
+
+def cores() -> int:
+    """Cores that this process may use, which in a container may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def absolute(path: str | os.PathLike) -> Path:

@@ -43,7 +43,6 @@ STYLE: Any = {
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "savefig.transparent"), False),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "white"),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 10),
-    **dict.fromkeys(("figure.constrained_layout.w_pad", "figure.constrained_layout.h_pad"), 0.08),
     **{"figure.constrained_layout.use": True, "figure.dpi": 110, "font.size": 11, "axes.titlesize": 12},
     **{"axes.prop_cycle": cycler(color=[*COLOURS, *MODELS[1:5], INK]), "image.cmap": "gray"},
 }
@@ -71,9 +70,7 @@ def use_style() -> None:
 
 
 @styled
-def learning_curves(
-    histories: Tables, panels: Sequence[str] | None = None, info: Mapping | None = None
-) -> Figure:
+def learning_curves(histories: Tables, panels: Sequence[str] | None = None) -> Figure:
     """Draw loss, accuracy, AUC, ... by epoch: train dashed, dev solid, one colour a run (chapters 5-9).
 
     Parameters
@@ -82,8 +79,6 @@ def learning_curves(
         `Run.history`, or several by name. Where a history has stages, a dotted line parts them.
     panels : sequence of str, optional
         Keys of `PANELS`; by default those that every history has.
-    info : mapping, optional
-        What `reports.provenance` takes; by default the histories' attrs.
 
     Raises
     ------
@@ -94,30 +89,24 @@ def learning_curves(
     panels = panels or [panel for panel in PANELS if all(panel in one for one in by_name.values())]
     lacking = {panel for panel in panels for one in by_name.values() if panel not in one}
     if lacking or not panels:
-        raise PredictionsError(
-            f"Not every history has {', '.join(sorted(lacking)) or 'one column of PANELS'}."
-        )
-    nrows = (len(panels) + 1) // 2
-    size = (WIDTH, 1.2 + 2.4 * nrows)
-    figure, axes = plt.subplots(nrows, min(2, len(panels)), figsize=size, squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=False):
+        raise PredictionsError(f"Not every history has {', '.join(sorted(lacking)) or 'one of PANELS'}.")
+    figure, axes = _grid(len(panels), min(2, len(panels)), WIDTH, 2.4, 1.2)
+    for axis, panel in zip(axes, panels, strict=True):
         for number, (name, history) in enumerate(by_name.items()):
             colour = MODELS[number % len(MODELS)]
             _curves(axis, history, panel, (TRAIN if len(by_name) == 1 else colour, colour), name)
         _panel(axis, panel)
-    axes.flat[-1].set_visible(len(panels) % 2 == 0 or len(panels) == 1)
     lines = "dashed: train, solid: dev" + ", dotted: chance" * bool(CHANCE.keys() & set(panels))
-    _legend(figure, axes[0, 0], by_name, lines)
-    return _finished(figure, _about(by_name.values(), "image", info))
+    _legend(figure, axes[0], by_name, lines)
+    return _finished(figure, _about(by_name.values(), "image"))
 
 
 @styled
-def confusion_matrices(
-    predictions: Tables, level: str = "image", threshold: float = 0.5, info: Mapping | None = None
-) -> Figure:
+def confusion_matrices(predictions: Tables, level: str = "image") -> Figure:
     """Set truth against call, a panel a model: counts, and each row's percentages, which shade the cells.
 
-    The shades mean the same in every panel. (Chapters 5-10.)
+    The shades mean the same in every panel. Called abnormal is what has a probability above 0.5. (Chapters
+    5-10.)
 
     Parameters
     ----------
@@ -125,10 +114,6 @@ def confusion_matrices(
         As for `metrics.image_report`, or several by name.
     level : {"image", "study"}
         What is counted; a study's probability is the mean over its views.
-    threshold : float
-        Called abnormal where the probability is above it.
-    info : mapping, optional
-        What `reports.provenance` takes; by default the predictions' attrs.
 
     Raises
     ------
@@ -138,21 +123,17 @@ def confusion_matrices(
     one_of("level", level, ("image", "study"), PredictionsError)
     by_name = _by_name(predictions)
     ncols = min(4, len(by_name))
-    nrows, side = -(-len(by_name) // ncols), WIDTH / max(2, ncols)
-    size = (ncols * side + 0.4, nrows * (side + 0.4) + 0.8)
-    figure, axes = plt.subplots(nrows, ncols, figsize=size, squeeze=False)
-    for axis in axes.flat[len(by_name) :]:
-        axis.set_visible(False)
-    for axis, (name, table) in zip(axes.flat, by_name.items(), strict=False):
+    side = WIDTH / max(2, ncols)
+    figure, axes = _grid(len(by_name), ncols, ncols * side + 0.4, side + 0.4, 0.8)
+    for axis, (name, table) in zip(axes, by_name.items(), strict=True):
         rows = metrics.check(table) if level == "image" else metrics.study_predictions(table)
-        _matrix(axis, rows, threshold, 18 - 2 * ncols)
+        _matrix(axis, rows, 18 - 2 * ncols)
         split = f", {'+'.join(sorted(set(rows['split'])))} set" if "split" in rows else ""
         count = f"{len(rows):,} {'images' if level == 'image' else 'studies'}{split}"
-        axis.set_title("\n".join([*textwrap.wrap(name, int(9 * side)), count]))
-        axis.set_xlabel(f"called (abnormal: P > {threshold:g})", fontsize=13 - ncols)
-        axis.set_ylabel("truth")
+        axis.set(title="\n".join([*textwrap.wrap(name, int(9 * side)), count]), ylabel="truth")
+        axis.set_xlabel("called (abnormal: P > 0.5)", fontsize=13 - ncols)
         axis.label_outer()
-    return _finished(figure, _about(by_name.values(), level, info))
+    return _finished(figure, _about(by_name.values(), level))
 
 
 @styled
@@ -177,47 +158,17 @@ def films(rows: pd.DataFrame, root: str | Path | None = None, ncols: int = 4, ti
     """
     root = Path(root if root is not None else rows.attrs.get("root", "."))
     headings = rows[titles or "body_part"] if titles is None or isinstance(titles, str) else titles
-    nrows = max(1, -(-len(rows) // ncols))
-    figure, axes = plt.subplots(nrows, ncols, figsize=(WIDTH, (WIDTH / ncols + 0.42) * nrows), squeeze=False)
-    for axis in axes.flat[len(rows) :]:
-        axis.axis("off")
-    for axis, path, title, label in zip(axes.flat, rows["path"], headings, rows["label"], strict=False):
+    figure, axes = _grid(len(rows), ncols, WIDTH, WIDTH / ncols + 0.42)
+    for axis, path, title, label in zip(axes, rows["path"], headings, rows["label"], strict=True):
         image = cv2.imread(str(root / path), cv2.IMREAD_COLOR)
         if image is None:
             plt.close(figure)
             raise DataNotFoundError(f"{root / path} is missing or no image. Is {root} the data's folder?")
         axis.imshow(image[..., ::-1])
-        axis.set(xticks=(), yticks=())
+        axis.set(xticks=(), yticks=(), anchor="N")  # titles of a row at one height
         axis.spines[:].set(visible=True, color=COLOURS[label], linewidth=3)
         axis.set_title(f"{title}, {WORDS[label]}", fontsize=10, color=COLOURS[label])
-        axis.set_anchor("N")  # titles of a row at one height
     return _finished(figure, None)
-
-
-@styled
-def by_part_bars(table: pd.DataFrame, unit: str = "images", note: str | None = None) -> Figure:
-    """Set normal and abnormal side by side for each body part, with counts (chapter 1).
-
-    Parameters
-    ----------
-    table : DataFrame
-        A row a body part, columns `normal` and `abnormal`.
-    unit : str
-        What is counted.
-    note : str, optional
-        A line below, the data's name for example.
-    """
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.9))
-    places = np.arange(len(table))
-    for label, word in enumerate(WORDS):
-        bars = axis.bar(places + (label - 0.5) * 0.4, table[word], 0.38, color=COLOURS[label], label=word)
-        axis.bar_label(bars, [f"{count:,}" for count in table[word]], fontsize=8.5, padding=2)
-    axis.set_xticks(places, [str(part) for part in table.index])
-    axis.tick_params(axis="x", length=0)
-    axis.set_ylabel(unit)
-    axis.yaxis.set_major_formatter("{x:,.0f}")
-    figure.legend(loc="outside upper right", ncols=2)
-    return _finished(figure, note)
 
 
 @styled
@@ -234,9 +185,7 @@ def interval_bars(report: Tables, metric: str = "auroc") -> Figure:
     by_name = _by_name(report)
     parts = dict.fromkeys(part for one in by_name.values() for part in one.index if part != "OVERALL")
     tables = {name: one.reindex([*parts, "OVERALL"]) for name, one in by_name.items()}
-    figure = _bars(tables, metric, list(MODELS))
-    figure.axes[0].axhline(len(parts) - 0.5, color=FAINT, linewidth=0.8)
-    return _finished(figure, _about(by_name.values()))
+    return _finished(_bars(tables, metric, MODELS), _about(by_name.values()))
 
 
 @styled
@@ -255,6 +204,15 @@ def overall_bars(models: Mapping[str, pd.DataFrame], metric: str = "auroc") -> F
     table.attrs = next(iter(models.values())).attrs
     colours = [INK if one.attrs.get("weights") == "imagenet" else FAINT for one in models.values()]
     return _finished(_bars({"": table}, metric, [colours]), _about(models.values()))
+
+
+def _grid(count: int, ncols: int, width: float, height: float, more: float = 0) -> tuple[Figure, list[Axes]]:
+    """Make axes in rows of `ncols`: a row is `height` inches high, the figure `more` than all rows."""
+    nrows = max(1, -(-count // ncols))
+    figure, axes = plt.subplots(nrows, ncols, figsize=(width, nrows * height + more), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
 
 
 def _by_name(tables: Tables) -> Mapping[str, pd.DataFrame]:
@@ -284,25 +242,20 @@ def _panel(axis: Axes, panel: str) -> None:
         axis.axhline(CHANCE[panel], color=FAINT, linewidth=0.8, linestyle=":")
 
 
-def _matrix(axis: Axes, rows: pd.DataFrame, threshold: float, fontsize: int) -> None:
+def _matrix(axis: Axes, rows: pd.DataFrame, fontsize: int) -> None:
     """One confusion matrix, each row in its own class's colour."""
-    called = rows["probability"] > threshold
-    counts = np.array([[((rows["label"] == t) & (called == c)).sum() for c in (0, 1)] for t in (0, 1)])
+    counts = np.zeros((2, 2), int)
+    np.add.at(counts, (rows["label"], (rows["probability"] > 0.5).astype(int)), 1)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # White for 0 %, two thirds of the way to the class's colour for 100 %: dark text stays readable.
     axis.imshow(1 - 0.65 * fractions[..., None] * (1 - np.array([[to_rgb(c)] for c in COLOURS])))
     for truth, call in np.ndindex(2, 2):
         text = f"{counts[truth, call]:,}\n{fractions[truth, call]:.0%}" if counts[truth].sum() else "0"
         axis.text(call, truth, text, ha="center", va="center", fontsize=fontsize)
-    axis.axhline(0.5, color="white", linewidth=3)
-    axis.axvline(0.5, color="white", linewidth=3)
     axis.set_xticks((0, 1), WORDS)
     axis.set_yticks((0, 1), WORDS, rotation=90, va="center")
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
-        for label, tick in enumerate(ticks):
-            tick.set(color=COLOURS[label], fontweight="bold")
 
 
 def _bars(tables: Mapping[str, pd.DataFrame], metric: str, colours: Sequence) -> Figure:
@@ -317,9 +270,9 @@ def _bars(tables: Mapping[str, pd.DataFrame], metric: str, colours: Sequence) ->
         for height, text in zip(y, reports.format_report(table)[title], strict=True):
             axis.text(1.02, height, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9.5)
     axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel=f"{title}, 95 % interval{'; dotted: chance' * (metric in CHANCE)}")
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.xaxis.set_major_locator(MaxNLocator(6))  # the names may leave little room
-    axis.set_xlabel(f"{title}, 95 % interval{'; dotted: chance' * (metric in CHANCE)}")
     if metric in CHANCE:
         axis.axvline(CHANCE[metric], color=FAINT, linewidth=0.8, linestyle=":")
     if len(tables) > 1:
@@ -330,13 +283,12 @@ def _bars(tables: Mapping[str, pd.DataFrame], metric: str, colours: Sequence) ->
 def _legend(figure: Figure, axis: Axes, names: Mapping[str, Any], title: str | None = None) -> None:
     """Write the names above the figure, as many in a line as find room."""
     ncols = max(1, 96 // (8 + max(map(len, names))))
-    handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper right", ncols=ncols, title=title)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=ncols, title=title)
 
 
-def _about(tables: Iterable[pd.DataFrame], level: str | None = None, info: Mapping | None = None) -> str:
+def _about(tables: Iterable[pd.DataFrame], level: str | None = None) -> str:
     """Lines of provenance; weights only where all have the same (elsewhere the names say which)."""
-    infos = [info] if info else [table.attrs | metrics.provenance_of(table) for table in tables]
+    infos: list[Any] = [table.attrs | metrics.provenance_of(table) for table in tables]
     same = len({one.get("weights") for one in infos}) == 1
     return "\n".join(dict.fromkeys(reports.provenance(one, level, same) for one in infos))
 
@@ -344,9 +296,7 @@ def _about(tables: Iterable[pd.DataFrame], level: str | None = None, info: Mappi
 def _finished(figure: Figure, note: str | None) -> Figure:
     """With the note below; closed for pyplot, so that a notebook shows it once, as the value of the cell."""
     if note:
-        # Lines break after a dot between two parts only.
-        text = note.replace(" ", "\xa0").replace("·\xa0", "· ")
-        lines = [textwrap.fill(line, int(14 * figure.get_figwidth())) for line in text.splitlines()]
+        lines = [textwrap.fill(line, int(14 * figure.get_figwidth())) for line in note.splitlines()]
         figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color=FAINT)
     plt.close(figure)
     return figure

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,11 @@ from IPython.display import Markdown
 
 from . import metrics
 from .errors import PredictionsError, one_of
+from .runs import Run
 
-if TYPE_CHECKING:
-    from .runs import Run
-
-Model = Union["Run", pd.DataFrame]  # a run, or predictions as `metrics.image_report` takes them
+Model = Run | pd.DataFrame  # a run, or predictions as `metrics.image_report` takes them
+BIG = 0.05
+"""A difference of more than this is big, in `agreement`."""
 
 
 def data_name(source: Model | Mapping[str, Any]) -> str:
@@ -117,7 +117,6 @@ def format_report(report: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     shown = pd.DataFrame({column: report[column] for column in metrics.COUNTS}, index=report.index)
     for metric, title in metrics.METRICS.items():
         shown[title] = [cell(*row) for row in report[metric].to_numpy()]
-    shown.attrs = dict(report.attrs)
     return shown
 
 
@@ -156,17 +155,13 @@ def difference(a: Model, b: Model, metric: str = "auroc", samples: int = 1000, l
     return f"{format_difference(table, metric)}: {words}"
 
 
-def agreement(
-    claim: str, a: Model, b: Model, metric: str = "auroc", samples: int = 1000, margin: float = 0.05
-) -> str:
+def agreement(claim: str, a: Model, b: Model, metric: str = "auroc", samples: int = 1000) -> str:
     """Say whether a report's claim about `a` against `b` is seen here.
 
     Parameters
     ----------
     claim : {"better", "worse", "no big difference"}
-        What the report says of `a` against `b`.
-    margin : float
-        A big difference is one of more than this.
+        What the report says of `a` against `b`; big is more than `BIG`.
     a, b, metric, samples
         As for `difference`.
 
@@ -175,14 +170,15 @@ def agreement(
     str
         "agrees", "disagrees", "cannot tell" (the interval holds both), or "not tested here".
     """
-    one_of("claim", claim, ("better", "worse", "no big difference"), PredictionsError)
+    claims = {"better": (0, np.inf), "worse": (-np.inf, 0), "no big difference": (-BIG, BIG)}
+    least, most = claims[one_of("claim", claim, claims, PredictionsError)]
     table, words = _compared(a, b, metric, samples, "image")
     _, low, high, _ = table.loc[metric].to_numpy()
-    if claim == "no big difference" and words != "not tested here":
-        agrees, disagrees = -margin < low and high < margin, low > margin or high < -margin
-        return "agrees" if agrees else "disagrees" if disagrees else "cannot tell"
-    known = {claim: "agrees", "no difference shown": "cannot tell", "not tested here": "not tested here"}
-    return known.get(words, "disagrees")
+    if words == "not tested here":
+        return words
+    if least < low and high < most:
+        return "agrees"
+    return "disagrees" if high < least or low > most else "cannot tell"
 
 
 def fraction_right(rows: pd.DataFrame, right: Any, samples: int = 1000, digits: int = 3) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -31,12 +30,12 @@ from typing import Any
 import pandas as pd
 
 from . import __version__, data, disk, metrics, paths, profiles
-from .errors import MuraError, PredictionsError, RunError, printable
+from .errors import MuraError, RunError
 
 VARIABLE = "MURA_RUNS"
 IDENTITY = ("name", "config", "data", "fingerprint", "is_demo", "profile", "weights")
-KEYS = (*IDENTITY, "metrics", "epochs", "seconds", "device", "versions", "model", "files", "finished")
 LIBRARIES = ("keras", "tensorflow", "torch", "torchvision", "lightning", "numpy", "pandas", "sklearn", "cv2")
+
 
 # pandas 3 reads floats exactly by itself, and warns when it is asked to.
 EXACTLY: dict[str, Any] = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
@@ -78,10 +77,10 @@ class Run:
         info = self.info
         made = "trained now" if self.was_trained_now else f"loaded (made {info['finished'][:10]})"
         source = info["data"] + " (synthetic films, not MURA)" * info["is_demo"]
-        epochs = f"{info['epochs']} epoch{'s' * (info['epochs'] != 1)} in " if info["epochs"] else ""
+        took = datetime.timedelta(seconds=round(info["seconds"]))
         return (
             f"Run {info['name']}: {made}; data {source}, profile {info['profile']}, "
-            f"{info['weights']} weights; {epochs}{duration(info['seconds'])} on {info['device']}."
+            f"{info['weights']} weights; {info['epochs']} epoch(s) in {took} h on {info['device']}."
         )
 
 
@@ -156,18 +155,15 @@ def save_model(model: Any, folder: Path) -> str | None:
     """
     if model is None:
         return None
-    raise RunError(
-        f"fit returned a {type(model).__name__}, which cannot be saved. Return None, a Keras model or torch "
-        "module, after importing mura_course.keras_tools.models or mura_course.torch_tools.models."
-    )
+    raise RunError(f"Unknown model {type(model).__name__}: import keras_tools.models or torch_tools.models.")
 
 
 def list_runs(root: str | Path | None = None) -> pd.DataFrame:
     """List the runs below `root`, a row each.
 
-    Columns: `run` (its folder below the root), `state` ("finished", "interrupted", "unreadable"), `name`,
-    `data`, `profile`, `weights`, `epochs`, `seconds`, `finished`, and the scores on the test set:
-    `image_accuracy`, `image_auroc`, `image_kappa`, `study_accuracy`, ...
+    Columns: `run` (its folder below the root), `state` ("finished", "interrupted", "unreadable"), `data`,
+    `profile`, `weights`, `epochs`, `seconds`, `finished`, and the scores on the test set, by image:
+    `accuracy`, `auroc`, `kappa`.
     """
     root, rows = _root(root), []
     for folder in sorted(entry for entry in root.glob("*/*/[!.]*") if entry.is_dir()):
@@ -178,50 +174,34 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
             except MuraError:
                 row["state"] = "unreadable"
         rows.append(row)
-    shown = ["run", "state", "name", "data", "profile", "weights", "epochs", "seconds", "finished"]
-    columns = {name: name for name in shown}
-    for level, metric in itertools.product(("image", "study"), ("accuracy", "auroc", "kappa")):
-        columns[f"metrics.test.{level}.{metric}.value"] = f"{level}_{metric}"
-    table = pd.json_normalize(rows).reindex(columns=list(columns)).rename(columns=columns)
-    return table.map(lambda cell: printable(cell) if isinstance(cell, str) else cell)
+    scores = {f"metrics.test.image.{name}.value": name for name in ("accuracy", "auroc", "kappa")}
+    shown = ["run", "state", "data", "profile", "weights", "epochs", "seconds", "finished", *scores]
+    return pd.json_normalize(rows).reindex(columns=shown).rename(columns=scores)
 
 
 def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
-    """Compare two runs, or two roots of runs (before and after a change, say).
+    """Compare two runs (before and after a change, say).
+
+    Parameters
+    ----------
+    a, b : path
+        The runs' folders.
 
     Returns
     -------
     DataFrame
-        A row for each value of run.json that differs: `run`, `item` ("config.epochs",
-        "metrics.test.image.auroc.value"), `a`, `b` (NaN where there is no such item) and `change` (b - a, of
-        numbers). Runs are paired by data, profile, name and config; two single runs in any case. A run
-        without a partner is one row, item "state".
+        Indexed by item of run.json ("config.epochs", "metrics.test.image.auroc.value"): the values `a` and
+        `b` of each that differs, NaN where there is none.
 
     Raises
     ------
-    RunError
-        `a` or `b` holds no finished run.
-    DiskError
-        A run.json is damaged.
+    DiskError, RunError
+        A folder holds no finished run, or a damaged one.
     """
-    old, new = _items(a), _items(b)
-    if len(old) == len(new) == 1:
-        new.index = old.index
-    table = pd.DataFrame({"a": old.stack(), "b": new.stack()}, dtype=object)
-    table = table.rename_axis(["run", "item"]).reset_index()
-    alone = ~table["run"].isin(old.index.intersection(new.index))
-    table = table[table["a"].ne(table["b"]) & (table["item"].eq("state") | ~alone)]
-    table = table[~table["item"].str.contains(r"^files\.|^finished$|\.low$|\.high$")]
-    numbers = table[["a", "b"]].map(lambda value: value if isinstance(value, (int, float)) else None)
-    return table.assign(change=numbers.astype(float).diff(axis=1)["b"]).reset_index(drop=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in a reader's words: "8.3 s", "3 min 20 s", "2 h 05 min"."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    infos = [_read_info(Path(folder)) for folder in (a, b)]
+    table = pd.json_normalize(infos).astype(object).set_axis(["a", "b"]).T.rename_axis("item")
+    table = table[table["a"].ne(table["b"]) & table.notna().any(axis=1)]
+    return table[~table.index.str.contains(r"^files\.|^finished$|\.low$|\.high$")]
 
 
 # What a run is called and where it lies ---------------------------------------------------------
@@ -233,18 +213,16 @@ def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Pr
     try:
         text = json.dumps(config, sort_keys=True, allow_nan=False, default=lambda value: value.item())
     except (TypeError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"The config of run {name} must hold numbers, text, lists, dicts only: {error}"
-        ) from error
+        raise RunError(f"A run's config must hold numbers, text, lists, dicts only: {error}") from error
     own = {"name": name, "config": json.loads(text), "profile": profile.name, "weights": weights}
     return own | _data_identity(index)
 
 
 def _data_identity(index: pd.DataFrame) -> dict[str, Any]:
-    if index.empty or not index.attrs.keys() >= {"name", "is_demo"}:
-        raise RunError("The index has no rows or no name. Pass rows of what data.load_index() returned.")
-    attrs = {"data": index.attrs["name"], "is_demo": bool(index.attrs["is_demo"])}
-    return attrs | {"fingerprint": data.fingerprint(index)}
+    if index.empty:
+        raise RunError("The index has no rows: there is nothing to train on.")
+    fingerprint = data.fingerprint(index)
+    return {"data": index.attrs["name"], "is_demo": index.attrs["is_demo"], "fingerprint": fingerprint}
 
 
 def _root(root: str | Path | None) -> Path:
@@ -273,15 +251,12 @@ def _make(folder: Path, workdir: Path, identity: dict, fit: Callable, samples: i
     if not isinstance(result, tuple) or len(result) != 3:
         raise RunError("fit(workdir) must return three things: (model, history, predictions).")
     model, history, predictions = result
-    if missing := {"path", "split"} - set(predictions):
-        raise PredictionsError(f"The predictions lack the index column(s) {', '.join(sorted(missing))}.")
     history = pd.DataFrame({"epoch": []}, dtype=int) if history is None else history
-    seconds = time.perf_counter() - start
-    if "seconds" in history:  # a resumed run counts the epochs of its earlier attempts, too
-        seconds = max(seconds, float(history["seconds"].sum()))
+    # A resumed run counts the epochs of its earlier attempts, too.
+    seconds = max(time.perf_counter() - start, float(history.get("seconds", pd.Series(0.0)).sum()))
+    versions = {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules}
     info = identity | {
-        "versions": {"python": platform.python_version(), "mura_course": __version__}
-        | {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules},
+        "versions": versions | {"python": platform.python_version(), "mura_course": __version__},
         "device": _device(),
         "seconds": round(seconds, 3),
         "epochs": len(history),
@@ -307,14 +282,14 @@ def _write(folder: Path, info: dict, model: Any, history: pd.DataFrame, predicti
 def _scores(predictions: pd.DataFrame, samples: int) -> dict[str, Any]:
     """{split: {level: {metric: {value, low, high}}}} over all body parts; undefined (NaN) becomes null."""
     scores: dict[str, Any] = {}
-    for split, rows in metrics.check(predictions).groupby("split", observed=True):
-        levels = {"image": metrics.image_report, "study": metrics.study_report}
+    levels = {"image": metrics.image_report, "study": metrics.study_report}
+    for split, rows in metrics.check(predictions, ("path", "split")).groupby("split", observed=True):
         for level, report in levels.items():
-            overall = report(rows, samples=samples).tail(1).astype(object)
+            overall = report(rows, samples=samples).loc[["OVERALL"]].astype(object)
             overall = overall.where(overall.notna(), None)
-            table = {count: int(overall[count].item()) for count in ("n", "patients", "positives")}
-            table |= {metric: overall[metric].iloc[0].to_dict() for metric in metrics.METRICS}
-            scores.setdefault(str(split), {})[level] = table
+            counts = {count: int(overall[count].item()) for count in metrics.COUNTS[1:]}
+            found = {metric: overall[metric].iloc[0].to_dict() for metric in metrics.METRICS}
+            scores.setdefault(str(split), {})[level] = counts | found
     return scores
 
 
@@ -325,8 +300,7 @@ def _device() -> str:
         return torch.cuda.get_device_name()
     if tensorflow and (gpus := tensorflow.config.list_physical_devices("GPU")):
         return tensorflow.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"CPU, {cores} cores"
+    return f"CPU, {paths.cores()} cores"
 
 
 # Reading one ------------------------------------------------------------------------------------
@@ -334,13 +308,9 @@ def _device() -> str:
 
 def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
     info = _read_info(folder)
-    for key, value in expected.items():
-        if info[key] != value:
-            difference = f"its {key} is {info[key]!r}, not {value!r}"
-            raise RunError(f"{folder} holds another run: {difference}. Delete or move it to train anew.")
+    if other := ", ".join(key for key, value in expected.items() if info.get(key) != value):
+        raise RunError(f"{folder} holds another run: {other} differ. Delete or move it to train anew.")
     try:
-        if info["model"]:
-            _verified(folder, info, info["model"], thoroughly=False)
         files = [_verified(folder, info, f"{name}.csv") for name in ("history", "predictions")]
         history, predictions = (pd.read_csv(file, **EXACTLY) for file in files)
         predictions["body_part"] = pd.Categorical(predictions["body_part"], data.BODY_PARTS)
@@ -356,27 +326,12 @@ def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-    info = disk.read_json(folder / "run.json", f"Delete {folder} to train anew.")
-    if missing := [key for key in KEYS if key not in info]:
-        raise RunError(f"{folder / 'run.json'} lacks {', '.join(missing)}. Delete {folder} to train anew.")
-    return info
+    return disk.read_json(folder / "run.json", f"Delete {folder} to train anew.")
 
 
-def _verified(folder: Path, info: dict, name: str, thoroughly: bool = True) -> Path:
-    """Return the file's path; RunError unless it has the size, and `thoroughly` the hash, it had."""
-    path, noted = folder / name, info["files"][name]
-    same = path.is_file() and path.stat().st_size == noted["bytes"]
-    if not same or (thoroughly and disk.digest(path) != noted["sha256"]):
+def _verified(folder: Path, info: dict, name: str) -> Path:
+    """Return the file's path; RunError unless its content is what it was."""
+    path = folder / name
+    if not path.is_file() or disk.digest(path) != info["files"][name]["sha256"]:
         raise RunError(f"{path} is missing or was changed after the run. Delete {folder} to train anew.")
     return path
-
-
-def _items(place: str | Path) -> pd.DataFrame:
-    """Make a row of each finished run (`place`, or all below), a column of each value ("config.epochs")."""
-    single = (Path(place) / "run.json").exists()
-    folders = [Path(place)] if single else [file.parent for file in Path(place).glob("*/*/[!.]*/run.json")]
-    if not folders:
-        raise RunError(f"{place} holds no finished run: give a run's folder or a folder of runs.")
-    infos = [_read_info(folder) | {"state": "finished"} for folder in folders]
-    runs = [f"{info['data']}/{info['profile']}/{f.name}" for f, info in zip(folders, infos, strict=True)]
-    return pd.json_normalize(infos).astype(object).set_axis(runs, axis=0)

