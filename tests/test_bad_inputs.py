@@ -56,10 +56,6 @@ FOLDERS = {
     "an empty csv file": (instead_of(IMAGES, Path.touch), f"{IMAGES}.*empty"),
     "a csv file that is a folder": (instead_of(IMAGES, Path.mkdir), f"{IMAGES}.*archive"),
     "a csv file that is a pipe": (instead_of(IMAGES, os.mkfifo), f"{IMAGES}.*ordinary"),
-    "a csv file of another encoding": (
-        instead_of(LABELS, lambda f: f.write_bytes("wärme".encode("utf-16"))),
-        f"{LABELS}.*utf-8",
-    ),
     "a binary csv file": (instead_of(IMAGES, lambda f: f.write_bytes(bytes(range(256)))), IMAGES),
     "a label of 2": (edit(LABELS, "positive/,1", "positive/,2"), f"{LABELS}.*malformed"),
     "no label": (edit(LABELS, "positive/,1", "positive/,"), f"{LABELS}.*malformed"),
@@ -72,10 +68,7 @@ FOLDERS = {
     "an absolute path": (add(IMAGES, "/etc/image1.png"), "malformed"),
     "an unknown body part": (edit(IMAGES, "XR_ELBOW", "XR_FOOT"), "malformed.*SHOULDER"),
     "a line with an escape": (add(IMAGES, "MURA-v1.1/train/\x1b[2Jx.png"), "malformed"),
-    "an image that is a pipe": (
-        instead_of(f"{HAND}/study1_positive/image1.png", os.mkfifo),
-        "absent",
-    ),
+    "an image that is a pipe": (instead_of(f"{HAND}/study1_positive/image1.png", os.mkfifo), "absent"),
     "an image that is a folder": (instead_of(f"{HAND}/study1_positive/image1.png", Path.mkdir), "absent"),
     "no images at all": (lambda root: shutil.rmtree(root / "train"), "absent"),
 }
@@ -137,10 +130,7 @@ CALLS = {
     "a split by study": (lambda t: data.split_dev(INDEX, by="study"), "'patient', 'image'"),
     "a second dev set": (lambda t: data.split_dev(INDEX), "dev set already"),
     "an empty index to split": (lambda t: data.split_dev(INDEX[:0]), "too few"),
-    "an index without attrs": (
-        lambda t: data.fingerprint(pd.DataFrame(INDEX.to_dict("list"))),
-        "lost its attrs",
-    ),
+    "an index without attrs": (lambda t: run(t, index=no_attrs()), "attrs"),
     "truth of MURA": (lambda t: data.load_truth(make_index(name="MURA-v1.1")), "no truth.csv"),
     "truth that is missing": (lambda t: data.load_truth(make_index(t)), "truth.csv"),
     "a store of absent films": (lambda t: store(make_index(t)), "absent"),
@@ -161,9 +151,23 @@ CALLS = {
     "a probability that is no number": (lambda t: metrics.image_report(changed(probability=np.nan)), "NaN"),
     "logits": (lambda t: metrics.image_report(changed(probability=7.0)), "sigmoid"),
     "a label of 3": (lambda t: metrics.image_report(changed(label=3)), "0 .normal. or 1"),
+    "labels in words": (lambda t: metrics.image_report(changed(label="positive")), "8 of 8 values of label"),
+    "a probability in words": (lambda t: metrics.image_report(changed(probability="x")), "8 of 8.*first 'x'"),
+    "a study without a name": (lambda t: metrics.image_report(changed(study=None)), "empty cells.*study"),
     "images twice": (lambda t: metrics.image_report(pd.concat([ROWS, ROWS])), "more than once"),
-    "a study with two labels": (lambda t: metrics.study_report(changed(label=[0, 1] * 4)), "label"),
+    "a study with two labels": (
+        lambda t: metrics.study_report(changed(label=[0, 1] * 4)),
+        "study1.*one label",
+    ),
+    "a study of two patients": (
+        lambda t: metrics.study_report(changed(patient=range(8))),
+        "study1.*one patient",
+    ),
     "other images to compare": (lambda t: metrics.paired_difference(ROWS, ROWS[1:]), "not of the same"),
+    "other labels to compare": (
+        lambda t: metrics.paired_difference(ROWS, changed(label=1 - ROWS["label"])),
+        "with the same labels",
+    ),
     "an unknown level": (lambda t: metrics.paired_difference(ROWS, ROWS, level="view"), "'study'"),
     "an unknown metric": (lambda t: reports.difference(ROWS, ROWS, "auc"), "auroc"),
     "a run named like a path": (lambda t: run(t, name="../x"), "name"),
@@ -182,6 +186,10 @@ CALLS = {
     "a stage without an end": (lambda t: Stage(learning_rate=1), "epochs or some steps"),
     "a recipe without stages": (lambda t: Recipe(backbone="x", size=8, stages=()), "stage"),
 }
+
+
+def no_attrs() -> pd.DataFrame:
+    return pd.DataFrame(INDEX.to_dict("list"))
 
 
 def touched(file: Path) -> Path:
