@@ -165,8 +165,8 @@ CALLS = {
     ),
     "other images to compare": (lambda t: metrics.paired_difference(ROWS, ROWS[1:]), "not of the same"),
     "other labels to compare": (
-        lambda t: metrics.paired_difference(ROWS, changed(label=1 - ROWS["label"])),
-        "with the same labels",
+        lambda t: metrics.paired_difference(ROWS, changed(label=0)),
+        "the same labels",
     ),
     "an unknown level": (lambda t: metrics.paired_difference(ROWS, ROWS, level="view"), "'study'"),
     "an unknown metric": (lambda t: reports.difference(ROWS, ROWS, "auc"), "auroc"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -171,10 +172,7 @@ def test_a_recipe_is_plain_values_and_refuses_what_cannot_be_trained():
         (lambda: Stage(**stage, steps=1), "epochs or some steps"),
         (lambda: Stage(**stage, target="bone"), "'body_part', 'both', not 'bone'"),
         (lambda: Recipe(backbone="a", size=1, stages=(Stage(**stage, head=None),)), "needs a head"),
-        (
-            lambda: Recipe(backbone="a", size=1, stages=(Stage(**stage, target="body_part"),)),
-            "learn the label",
-        ),
+        (lambda: replace(recipe, stages=(Stage(**stage, target="body_part"),)), "must learn"),
     ):
         with pytest.raises(errors.TrainingError, match=message):
             wrong()
