@@ -6,6 +6,7 @@ Chapters 5 to 9 use it for every comparison; chapter 6 explains the intervals.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,9 +67,18 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
 
 
 def show_source(*things: Callable[..., Any] | type) -> Markdown:
-    """Show functions or classes of the package as highlighted code, under the name of their module."""
-    sources = [f"# {thing.__module__}\n{textwrap.dedent(inspect.getsource(thing))}" for thing in things]
-    return Markdown("\n\n".join(f"```python\n{source}```" for source in sources))
+    """Show functions or classes of the package as highlighted code, docstrings cut to their first line."""
+    blocks = []
+    for thing in things:
+        lines = textwrap.dedent(inspect.getsource(thing)).splitlines()
+        documented = (ast.FunctionDef, ast.ClassDef)
+        nodes = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, documented)]
+        for node in sorted(nodes, key=lambda node: -node.lineno):  # from the last, so that numbers hold
+            first = node.body[0]
+            if ast.get_docstring(node) and first.end_lineno != first.lineno:
+                lines[first.lineno - 1 : first.end_lineno] = [lines[first.lineno - 1] + '"""']
+        blocks.append("\n".join(["```python", f"# {thing.__module__}", *lines, "```"]))
+    return Markdown("\n\n".join(blocks))
 
 
 def image_reports(

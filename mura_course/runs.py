@@ -77,10 +77,11 @@ class Run:
         info = self.info
         made = "trained now" if self.was_trained_now else f"loaded (made {info['finished'][:10]})"
         source = info["data"] + " (synthetic films, not MURA)" * info["is_demo"]
-        took = datetime.timedelta(seconds=round(info["seconds"]))
+        seconds, plural = info["seconds"], "s" * (info["epochs"] != 1)
+        took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         return (
             f"Run {info['name']}: {made}; data {source}, profile {info['profile']}, "
-            f"{info['weights']} weights; {info['epochs']} epoch(s) in {took} h on {info['device']}."
+            f"{info['weights']} weights; {info['epochs']} epoch{plural} in {took} on {info['device']}."
         )
 
 
@@ -180,28 +181,45 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
 
 
 def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
-    """Compare two runs (before and after a change, say).
+    """Compare two runs, or two folders of runs (before and after all results were made anew, say).
 
     Parameters
     ----------
     a, b : path
-        The runs' folders.
+        Folders of a run each, or of many.
 
     Returns
     -------
     DataFrame
-        Indexed by item of run.json ("config.epochs", "metrics.test.image.auroc.value"): the values `a` and
-        `b` of each that differs, NaN where there is none.
+        Indexed by run and item of run.json ("config.epochs", "metrics.test.image.auroc.value"): the values
+        `a` and `b` of each that differs. Runs are paired by data, profile, name and config, two single runs
+        in any case; a run without a partner is one row, its item "state".
 
     Raises
     ------
     DiskError, RunError
         A folder holds no finished run, or a damaged one.
     """
-    infos = [_read_info(Path(folder)) for folder in (a, b)]
-    table = pd.json_normalize(infos).astype(object).set_axis(["a", "b"]).T.rename_axis("item")
-    table = table[table["a"].ne(table["b"]) & table.notna().any(axis=1)]
-    return table[~table.index.str.contains(r"^files\.|^finished$|\.low$|\.high$")]
+    old, new = _values(a), _values(b)
+    if len(old) == len(new) == 1:
+        new.index = old.index
+    table = pd.DataFrame({"a": old.stack(), "b": new.stack()}, dtype=object).rename_axis(["run", "item"])
+    run, item = (table.index.get_level_values(level) for level in ("run", "item"))
+    paired = run.isin(old.index.intersection(new.index))
+    said = ~item.str.contains(r"^files\.|^finished$|\.low$|\.high$") & (paired | (item == "state"))
+    return table[table["a"].ne(table["b"]) & said]
+
+
+def _values(place: str | Path) -> pd.DataFrame:
+    """Make a row of each finished run, `place` or all below it; a column of each value in run.json."""
+    place = Path(place)
+    single = (place / "run.json").exists()
+    folders = [place] if single else [file.parent for file in place.glob("*/*/[!.]*/run.json")]
+    if not folders:
+        raise RunError(f"{place} holds no finished run: give a run's folder, or a folder of runs.")
+    infos = [_read_info(folder) | {"state": "finished"} for folder in folders]
+    names = ["/".join(folder.parts[-3:]) for folder in folders]
+    return pd.json_normalize(infos).astype(object).set_axis(names, axis=0)
 
 
 # What a run is called and where it lies ---------------------------------------------------------

@@ -15,10 +15,12 @@ from typing import Any
 
 import pooch
 
-from . import disk
+from . import disk, paths
 from .errors import WeightsError
 from .profiles import Profile
 
+# By the name of the error of requests: what else it says would fill a page.
+SILENT = {"ConnectionError": "no connection", "ConnectTimeout": "no connection", "ReadTimeout": "no answer"}
 TIMEOUT = 10.0  # seconds without a byte after which a download counts as impossible
 
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
@@ -104,7 +106,7 @@ def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Pa
     raise WeightsError(
         f"{file.name} cannot be downloaded ({_failed[url]}). By hand: download {url} where there is a "
         f"connection, and put the file {file.name} (its {algorithm.upper()} begins with {digest}) into "
-        f"{file.parent}."
+        f"{paths.short_path(file.parent)}."
     )
 
 
@@ -115,7 +117,7 @@ def _download(url: str, file: Path, digest: str, algorithm: str) -> Path:
         try:
             pooch.retrieve(url, None, fname=beside.name, path=beside.parent, downloader=downloader)
         except OSError as error:  # the connection's, not the disk's
-            raise ValueError(str(error)) from error
+            raise ValueError(SILENT.get(type(error).__name__, str(error))) from error
         found = disk.digest(beside, algorithm)
         if not found.startswith(digest):
             raise ValueError(f"what {url} sent has the {algorithm.upper()} {found}")
