@@ -234,9 +234,10 @@ def _panel(axis: Axes, panel: str) -> None:
     """Title, units, floor and chance line of one panel of learning curves."""
     title, unit, floor = PANELS[panel]
     low, high = axis.get_ylim()
+    low = min(low, floor) if floor else 0.0
     if panel == "loss" and high > HIGHEST_LOSS:
         title, high = f"{title} (cut off at {HIGHEST_LOSS:g})", HIGHEST_LOSS
-    axis.set(title=title, xlabel="epoch", ylabel=unit, ylim=(min(low, floor), max(high, floor + 0.1)))
+    axis.set(title=title, xlabel="epoch", ylabel=unit, ylim=(low, max(high, floor + 0.1)))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if panel in CHANCE:
         axis.axhline(CHANCE[panel], color=FAINT, linewidth=0.8, linestyle=":")
