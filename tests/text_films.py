@@ -1,7 +1,5 @@
 """Plain films with text drawn by OpenCV, whose truth is known; and work for a process beside the tests'."""
 
-import os
-
 import cv2
 import numpy as np
 
@@ -31,7 +29,3 @@ def save_untrained(file):
     model = craft._craft("").model
     model.save_weights(file)
     return type(model).__module__
-
-
-def die(weights):
-    os._exit(3)

@@ -3,9 +3,6 @@
 Changes no image, reads and writes no file.
 """
 
-from __future__ import annotations
-
-import importlib.metadata
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,22 +51,10 @@ class Detector(Protocol):
     def __call__(self, image: np.ndarray) -> Found: ...  # noqa: D102
 
 
-def require(*packages: str) -> dict[str, str]:
-    """Find the versions of packages; TextError, with the command that installs it, where one is missing."""
-    try:
-        return {package: importlib.metadata.version(package) for package in packages}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise TextError(
-            f"The detector needs {error.name}, which is not installed here. Run: pip install {error.name}"
-        ) from error
-
-
 def grey(image: np.ndarray) -> np.ndarray:
     """uint8 (H, W) of a uint8 image (H, W) or (H, W, 3), RGB; TextError for anything else."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise TextError(
-            f"A film is uint8 (height, width) or (height, width, 3), not {image.dtype} {image.shape}."
-        )
+        raise TextError(f"A film is uint8 (height, width[, 3]), not {image.dtype} {image.shape}.")
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 

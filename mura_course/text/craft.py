@@ -5,16 +5,14 @@ then to all in that process; in this one, nobody else is. Writes nothing but ker
 keras-ocr keeps them.
 """
 
-from __future__ import annotations
-
 import importlib
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,13 @@ import cv2
 import numpy as np
 
 from .. import weights
-from ..errors import MuraError, TextError
-from .boxes import Found, TextBox, grey, line_mask, require
+from ..errors import TextError
+from .boxes import Found, TextBox, grey, line_mask
 
 # CRAFT's weights as keras-ocr 0.9.3 names them (keras_ocr/detection.py, PRETRAINED_WEIGHTS).
 URL = "https://github.com/faustomorales/keras-ocr/releases/download/v0.8.4/craft_mlt_25k.h5"
 SHA256 = "7283ce2ff05a0617e9740c316175ff3bacdd7215dbdf1a726890d5099431f899"
-PACKAGES = ("keras-ocr", "tf-keras", "tensorflow")
-GUARD = 'In a script, put the work below `if __name__ == "__main__":`.'
-ENDED = f"A text detector's process has ended; it ran out of memory, or was killed. Call again. {GUARD}"
+GUARD = 'In a script, load no TensorFlow outside `if __name__ == "__main__":`, and call this inside it.'
 
 
 def weights_file() -> Path:
@@ -47,8 +43,10 @@ class KerasOCR:
 
     Raises
     ------
+    importlib.metadata.PackageNotFoundError
+        keras-ocr or what it needs is not installed.
     TextError
-        keras-ocr is not installed, or cannot run.
+        keras-ocr cannot run.
     WeightsError
         Its weights are not there and cannot be downloaded.
     """
@@ -56,29 +54,29 @@ class KerasOCR:
     name = "keras-ocr"
 
     def __init__(self) -> None:
-        self.versions = require(*PACKAGES)
+        self.versions = {package: version(package) for package in ("keras-ocr", "tf-keras", "tensorflow")}
         self._weights = str(weights.retrieve(URL, weights_file(), SHA256))
-        self._process = processes(1)
-        self._ask(_load)
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent)
+        self(np.zeros((32, 32), np.uint8))  # loads the network, or says now why it does not run
 
     def __call__(self, image: np.ndarray) -> Found:
         """Find text in `image`, uint8 (H, W) or (H, W, 3) RGB."""
         film = grey(image)
-        boxes = [TextBox(corners, source=self.name) for corners in self._ask(_detect, film)]
-        return Found(boxes, line_mask(boxes, film.shape))
-
-    def _ask(self, function: Callable, *arguments: Any) -> Any:
-        """`function(weights, *arguments)`, called in the detector's process."""
         try:
-            return self._process.submit(function, self._weights, *arguments).result()
-        except MuraError:
-            raise
+            corners = self._process.submit(_detect, self._weights, film).result()
         except Exception as error:  # whatever a library raised there, or that the process died
             raise TextError(f"keras-ocr failed ({type(error).__name__}): {error} {GUARD}") from error
+        boxes = [TextBox(four, source=self.name) for four in corners]
+        return Found(boxes, line_mask(boxes, film.shape))
 
 
-def _load(weights: str) -> None:
-    _craft(weights)
+# --- In the detector's process ------------------------------------------------------------------------
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: it would wait for work for ever."""
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
 
 def _detect(weights: str, film: np.ndarray) -> list[np.ndarray]:
@@ -91,34 +89,14 @@ def _detect(weights: str, film: np.ndarray) -> list[np.ndarray]:
 
 @cache
 def _craft(weights: str) -> Any:
-    """keras-ocr's network in this process, which must be one that has not loaded TensorFlow."""
-    if "tensorflow" in sys.modules:
-        raise TextError(f"keras-ocr's process has loaded TensorFlow already. {GUARD}")
+    """keras-ocr's network, in a process that has not loaded TensorFlow."""
+    if "tensorflow" in sys.modules:  # perhaps with Keras 3, which keras-ocr would take without a word
+        raise ImportError("TensorFlow is loaded already.")
     os.environ |= {"TF_USE_LEGACY_KERAS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}  # tf.keras is then Keras 2
-    if not hasattr(np, "sctypes"):  # gone in NumPy 2; imgaug, which keras-ocr imports, reads it
-        sizes = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64)}
-        known = {kind: [np.dtype(f"{kind}{bits}").type for bits in sizes[kind]] for kind in sizes}
-        np.__dict__["sctypes"] = known
-    keras_ocr = importlib.import_module("keras_ocr")
-
+    # Gone in NumPy 2; imgaug, which keras-ocr imports, reads it, and this detector does not use.
+    np.__dict__["sctypes"] = {"int": [], "uint": [], "float": []}
     # weights=None: the file has been verified; keras-ocr would look for it, and download it, again.
-    detector = keras_ocr.detection.Detector(weights=None)
+    detector = importlib.import_module("keras_ocr").detection.Detector(weights=None)
     if weights:  # a test has none
         detector.model.load_weights(weights)
     return detector
-
-
-def processes(count: int) -> ProcessPoolExecutor:
-    """Fresh Python processes, which end with the last reference to the pool, or when this one is killed."""
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _end_with_parent)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone: the pool's own processes would wait for work for ever."""
-
-    def watch() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -3,14 +3,13 @@
 Changes no image, reads and writes no file; the networks' weights lie in RapidOCR's own package.
 """
 
-from __future__ import annotations
-
+from importlib.metadata import version
 from typing import Any
 
 import cv2
 import numpy as np
 
-from .boxes import BORDER, Found, TextBox, from_border, grey, require
+from .boxes import BORDER, Found, TextBox, from_border, grey
 from .strokes import NEIGHBOURS, Strokes, grey_range, top_hat
 
 SIDE = 512  # pixels of the longest side, as the first network sees a film
@@ -31,7 +30,7 @@ class RapidOCR:
 
     Raises
     ------
-    TextError
+    importlib.metadata.PackageNotFoundError
         RapidOCR or ONNX Runtime is not installed.
     """
 
@@ -39,13 +38,14 @@ class RapidOCR:
 
     def __init__(self, threads: int = 0) -> None:
         self._strokes = Strokes()
-        self.versions = self._strokes.versions | require("rapidocr", "onnxruntime")
+        self.versions = self._strokes.versions | {p: version(p) for p in ("rapidocr", "onnxruntime")}
         from rapidocr import RapidOCR as Engine
 
         options = {"Global.log_level": "critical", "Global.text_score": 0.0}
         options |= {"Det.limit_type": "max", "Det.limit_side_len": SIDE, "Det.thresh": 0.2}
         options |= {"Det.box_thresh": 0.3, "EngineConfig.onnxruntime.intra_op_num_threads": threads or -1}
-        self._engine: Any = Engine(params=options)
+        # An engine keeps what it was last told to do. Two that always do the same can be called from threads.
+        self._finder, self._reader = Engine(params=options), Engine(params=options)
 
     def __call__(self, image: np.ndarray) -> Found:
         """Find text in `image`, uint8 (H, W) or (H, W, 3) RGB."""
@@ -69,8 +69,8 @@ class RapidOCR:
         """Boxes of a marker's height near the border of a grey film that are read as letters or digits."""
         scale, boxes = SIDE / max(film.shape), []
         large = cv2.resize(film, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-        found = self._run(large, use_det=True, use_rec=False).boxes
-        for corners in [] if found is None else np.float32(found) / scale:
+        found: Any = self._finder(large, use_cls=False, use_rec=False)
+        for corners in [] if found.boxes is None else np.float32(found.boxes) / scale:
             height = np.linalg.norm(corners[3] - corners[0])
             extent = np.array([[*corners.min(axis=0), *corners.max(axis=0)]])
             if height > 0.16 * max(film.shape) or from_border(extent, film.shape)[0] > BORDER:
@@ -85,10 +85,5 @@ class RapidOCR:
     def _recognise(self, film: np.ndarray, *extent: float) -> tuple[str, float]:
         """Read what stands between x0, y0, x1, y1, and say how certainly; ("", 0.0) for nothing."""
         (x0, y0), (x1, y1) = np.floor(extent[:2]).clip(0).astype(int), np.ceil(extent[2:]).astype(int)
-        result = self._run(film[y0:y1, x0:x1], use_det=False, use_rec=True)
+        result: Any = self._reader(film[y0:y1, x0:x1], use_det=False, use_cls=False)
         return (result.txts[0], float(result.scores[0])) if result.txts else ("", 0.0)
-
-    def _run(self, film: np.ndarray, use_det: bool, use_rec: bool) -> Any:
-        # The engine keeps what it was last told: always say both.
-        bgr = cv2.cvtColor(film, cv2.COLOR_GRAY2BGR)
-        return self._engine(bgr, use_det=use_det, use_cls=False, use_rec=use_rec)

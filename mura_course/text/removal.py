@@ -4,14 +4,10 @@
 reads one data folder and writes another, never the same. `scores` measures how well text was removed.
 """
 
-from __future__ import annotations
-
-import csv
-import datetime
+import contextlib
+import json
 import shutil
-from collections.abc import Iterable
-from concurrent.futures.process import BrokenProcessPool
-from functools import cache, partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +15,18 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .. import __version__, data, disk
+from .. import data, disk
+from ..data.store import ahead
 from ..errors import DataError, TextError, one_of
-from ..paths import absolute
-from . import craft
+from ..paths import absolute, cores
 from .boxes import Detector, Found
+from .craft import KerasOCR
 from .rapid import RapidOCR
 from .strokes import Strokes
 
 DETECTORS = ("keras-ocr", "rapidocr", "strokes")
 RECORD = "removed_text.json"  # in a cleaned folder: what was done to it (`data` reads it)
-BOXES = "text_boxes.csv"  # and where, a row a box
-COLUMNS = ["path", "x0", "y0", "x1", "y1", "x2", "y2", "x3", "y3", "text", "score", "source"]
+BOXES = "text_boxes.jsonl"  # and where: a line a film, its path and its boxes
 NOT_COPIED = {RECORD, BOXES, "manifest.csv"}  # the last: checksums of the films as they were
 
 
@@ -53,14 +49,17 @@ def get_detector(name: str, threads: int = 0) -> Detector:
     Raises
     ------
     TextError
-        No such detector, or not installed.
+        No such detector, not installed, or it cannot run.
     WeightsError
         keras-ocr's weights are missing and cannot be downloaded.
     """
     one_of("A text detector", name, DETECTORS, TextError)
-    if name == "keras-ocr":
-        return craft.KerasOCR()
-    return RapidOCR(threads) if name == "rapidocr" else Strokes()
+    try:
+        if name == "keras-ocr":
+            return KerasOCR()
+        return RapidOCR(threads) if name == "rapidocr" else Strokes()
+    except PackageNotFoundError as error:
+        raise TextError(f"{name} needs {error.name}, which is missing: pip install {error.name}") from error
 
 
 def remove_text(image: np.ndarray, detector: Detector) -> tuple[np.ndarray, Found]:
@@ -89,21 +88,11 @@ def inpaint(image: np.ndarray, mask: np.ndarray, radius: int = 7) -> np.ndarray:
     radius : int
         In pixels, of the surroundings that each pixel is made from.
     """
-    image = image.copy()
-    if mask.any():  # only around the mask: OpenCV's time grows with the image, too
-        holes, margin = mask.astype(np.uint8), radius + 2
-        x, y, width, height = cv2.boundingRect(holes)
-        window = np.s_[max(0, y - margin) : y + height + margin, max(0, x - margin) : x + width + margin]
-        image[window] = cv2.inpaint(image[window], holes[window], radius, cv2.INPAINT_NS)
-    return image
+    return cv2.inpaint(image, mask.astype(np.uint8), radius, cv2.INPAINT_NS)
 
 
 def clean_dataset(
-    source: str | Path,
-    target: str | Path,
-    detector: str = "rapidocr",
-    workers: int | None = None,
-    progress: bool = True,
+    source: str | Path, target: str | Path, detector: str = "rapidocr", progress: bool = True
 ) -> dict[str, Any]:
     """Copy a data set into a new folder, without the text in its films.
 
@@ -113,15 +102,13 @@ def clean_dataset(
         The data (see `data.find_root`), and a folder that does not exist yet, elsewhere.
     detector : str
         A name that `get_detector` takes.
-    workers : int, optional
-        Processes; by default two, or one for keras-ocr.
     progress : bool
         Show a progress bar.
 
     Returns
     -------
     dict
-        What `RECORD` holds: source, fingerprint, detector, versions, films, films_with_text, boxes, ...
+        What `RECORD` holds: source, fingerprint, detector, versions, films, films_with_text, ...
 
     Raises
     ------
@@ -139,40 +126,33 @@ def clean_dataset(
     killed, called again, goes on with the films not yet written. A film without text is copied byte for byte;
     one with text becomes an 8-bit PNG. The data folder's other files are copied, without `NOT_COPIED`.
     """
-    one_of("A text detector", detector, DETECTORS, TextError)
+    one = get_detector(detector, threads=1)
     index = data.load_index(source, quiet=True)
     root, target = Path(index.attrs["root"]), absolute(target)
     _check_places(root, target)
+    order = {"source": index.attrs["name"], "fingerprint": data.fingerprint(index)}
+    order |= {"pixels": data.pixel_key(index), "detector": detector, "versions": one.versions}
     work, paths = target.with_name(f"{target.name}.partial"), index["path"].tolist()
-    pool = craft.processes(workers or (1 if detector == "keras-ocr" else 2))
-    try:
-        order = {"source": index.attrs["name"], "fingerprint": data.fingerprint(index)}
-        order |= {"pixels": data.pixel_key(index), "detector": detector}
-        order |= {"versions": pool.submit(_versions, detector).result(), "mura_course": __version__}
-        with disk.named(target, ""), disk.lock(target, ""):
-            _claim(target, work, order)
-            todo = _resume(work, paths)
-            results = pool.map(partial(_clean_film, detector, root), todo)
-            bar = tqdm(results, "Removing text", len(todo), unit="film", disable=not progress)
-            _write_films(work, zip(todo, bar, strict=True))
-            record = order | {"films": len(paths)} | _complete(root, work)
-            disk.write_json(work / RECORD, record, "")
-            work.replace(target)
-            target.with_name(f"{target.name}.lock").unlink(missing_ok=True)  # who waits for it finds `target`
-    except BrokenProcessPool as error:
-        raise TextError(craft.ENDED) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with disk.named(target, ""), disk.lock(target, ""):
+        _claim(target, work, order)
+        boxes = _clean_films(root, work, paths, one, progress)
+        for file in root.iterdir():
+            if file.is_file() and file.name not in NOT_COPIED:
+                shutil.copyfile(file, work / file.name)
+        for scrap in work.rglob(".*.part"):  # of a write that was killed
+            disk.remove(scrap)
+        record = order | {"films": len(paths), "films_with_text": sum(map(bool, boxes.values()))}
+        disk.write_json(work / RECORD, record, "")
+        work.replace(target)
+        target.with_name(f"{target.name}.lock").unlink(missing_ok=True)  # who waits for it finds `target`
     return record
 
 
 def _check_places(root: Path, target: Path) -> None:
+    """Raise TextError where one of the folders holds the other, also by way of a link."""
     inside, outside = target.resolve(), root.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise TextError(
-            f"{target} and the data in {root} lie one in the other: the films there must stay as they are. "
-            "Name a new folder elsewhere."
-        )
+        raise TextError(f"{target} and the data in {root} lie one in the other. Name a folder elsewhere.")
 
 
 def _claim(target: Path, work: Path, order: dict[str, Any]) -> None:
@@ -187,69 +167,48 @@ def _claim(target: Path, work: Path, order: dict[str, Any]) -> None:
         raise TextError(f"{work} was left by a call on other films, or with another detector. {remedy}")
 
 
-def _resume(work: Path, paths: list[str]) -> list[str]:
-    """List the films that are not yet written, and leave only boxes of the others in the table."""
-    done, rows = {path for path in paths if (work / path).is_file()}, []
-    if (work / BOXES).exists():
-        with (work / BOXES).open(encoding="utf-8", errors="replace", newline="") as table:
-            rows = [row for row in csv.reader(table) if row and row[0] in done]
-    with disk.atomic(work / BOXES, "") as beside, beside.open("w", encoding="utf-8", newline="") as table:
-        csv.writer(table).writerows([COLUMNS, *rows])
-    return [path for path in paths if path not in done]
-
-
-def _write_films(work: Path, results: Iterable[tuple[str, tuple[bytes, list[list]]]]) -> None:
-    """Write each film after its boxes: the table may hold boxes of a film too many, never too few."""
-    with (work / BOXES).open("a", encoding="utf-8", newline="") as table:
-        for path, (encoded, boxes) in results:
-            csv.writer(table).writerows([path, *box] for box in boxes)
+def _clean_films(root: Path, work: Path, paths: list[str], one: Detector, progress: bool) -> dict[str, list]:
+    """Write the films that are not yet there, in threads; returns the boxes of all."""
+    boxes = _read_boxes(work)
+    todo = [path for path in paths if path not in boxes]
+    results = ahead(lambda i: _clean_film(one, root, work, todo[i]), len(todo), cores())
+    bar = tqdm(results, "Removing text", len(todo), unit="film", disable=not progress)
+    with (work / BOXES).open("a", encoding="utf-8") as table:
+        for path, found in zip(todo, bar, strict=True):
+            boxes[path] = found
+            table.write("\n" + json.dumps({"path": path, "boxes": found}))
             table.flush()
-            with disk.atomic(work / path, "") as beside:
-                beside.write_bytes(encoded)
+    with disk.atomic(work / BOXES, "") as beside:  # in order, and without what a kill left
+        lines = [json.dumps({"path": path, "boxes": boxes[path]}) for path in paths]
+        beside.write_text("\n".join(lines), encoding="utf-8")
+    return boxes
 
 
-def _complete(root: Path, work: Path) -> dict[str, Any]:
-    """Copy what lies beside the films; return what the record says about the work done."""
-    for file in root.iterdir():
-        if file.is_file() and file.name not in NOT_COPIED:
-            shutil.copyfile(file, work / file.name)
-    for scrap in work.rglob(".*.part"):  # of a write that was killed
-        disk.remove(scrap)
-    with (work / BOXES).open(encoding="utf-8", newline="") as table:
-        marked = [row[0] for row in csv.reader(table)][1:]
-    finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"films_with_text": len(set(marked)), "boxes": len(marked), "finished": finished}
+def _read_boxes(work: Path) -> dict[str, list]:
+    """Read the boxes of films that are written; a film whose line a kill cut short is written again."""
+    (work / BOXES).touch()
+    boxes = {}
+    for line in (work / BOXES).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            film = json.loads(line)
+            if (work / film["path"]).is_file():
+                boxes[film["path"]] = film["boxes"]
+    return boxes
 
 
-# --- In the pool's processes --------------------------------------------------------------------------
-
-
-@cache
-def _one_thread(name: str) -> Detector:
-    cv2.setNumThreads(1)  # its neighbours use the other cores
-    return get_detector(name, threads=1)
-
-
-def _versions(name: str) -> dict[str, str]:
-    return _one_thread(name).versions
-
-
-def _clean_film(name: str, root: Path, path: str) -> tuple[bytes, list[list]]:
-    """Make the file of a film without text, and what `BOXES` says about it."""
+def _clean_film(one: Detector, root: Path, work: Path, path: str) -> list[dict[str, Any]]:
+    """Write a film without its text; returns what `BOXES` says about it."""
     film, reason = None, "no image, or cut short"
     try:
         encoded = disk.read_bytes(root / path)
-        film = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_ANYCOLOR)
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except cv2.error as error:  # an empty file, or more pixels than OpenCV takes
-        reason = error.err
+        film = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_ANYCOLOR) if encoded else None
+    except (OSError, cv2.error) as error:  # OpenCV's: more pixels than it takes
+        reason = getattr(error, "strerror", None) or error
     if film is None:
-        raise DataError(
-            f"{root / path} cannot be read ({reason}). Restore it from the archive and call again: it goes "
-            f"on. To see all such films first: mura-course check {root}"
-        )
-    found = _one_thread(name)(film if film.ndim == 2 else cv2.cvtColor(film, cv2.COLOR_BGR2RGB))
+        raise DataError(f"{root / path} cannot be read ({reason}). Restore it, and call again: it goes on.")
+    found = one(film if film.ndim == 2 else cv2.cvtColor(film, cv2.COLOR_BGR2RGB))
     if found.mask.any():
         encoded = cv2.imencode(".png", inpaint(film, found.mask))[1].tobytes()
-    return encoded, [[*b.corners.round(1).ravel().tolist(), b.text, b.score, b.source] for b in found.boxes]
+    with disk.atomic(work / path, "") as beside:
+        beside.write_bytes(encoded)
+    return [vars(box) | {"corners": box.corners.astype(float).round(1).tolist()} for box in found.boxes]

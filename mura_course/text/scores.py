@@ -4,8 +4,6 @@ Takes the films of `mura_demo.known_films`. A *text pixel* is one that differs b
 text-free twin; a *bone pixel* one of the film's bone mask that is no text pixel. Reads and writes nothing.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from skimage.metrics import structural_similarity
@@ -88,20 +86,17 @@ def summary(scores: pd.DataFrame, samples: int = 1000, seed: int = 0) -> pd.Data
         (what was divided by). Pixels or marks are summed over films, then divided. Of films with text, the
         mean SSIM, and the PSNR in decibels from their mean squared error.
     """
-    names, number = np.unique(scores["patient"], return_inverse=True)
-    counts = scores.drop(columns=["path", "patient"]).fillna(0.0)
-    patients = {key: np.bincount(number, counts[key]) for key in counts}
-    drawn = np.random.default_rng(seed).integers(len(names), size=(samples, len(names)))
+    patients = scores.drop(columns="path").groupby("patient").sum()
+    drawn = np.random.default_rng(seed).integers(len(patients), size=(samples, len(patients)))
+    sums = pd.DataFrame(patients.to_numpy()[drawn].sum(axis=1), columns=patients.columns)
     rows = {}
     for name, whole in FRACTIONS.items():
         if name not in patients or not patients[whole].any():
             continue
-        top, bottom = patients[name], patients[whole]
-        with np.errstate(invalid="ignore", divide="ignore"):  # a draw without the thing; equal images' PSNR
-            resampled = top[drawn].sum(axis=1) / bottom[drawn].sum(axis=1)
-            low, high = np.nanpercentile(resampled, [2.5, 97.5])
-            numbers = np.array([top.sum() / bottom.sum(), low, high])
-            if name.startswith("square"):
+        low, high = (sums[name] / sums[whole]).quantile([0.025, 0.975])
+        numbers = np.array([patients[name].sum() / patients[whole].sum(), low, high])
+        if name.startswith("square"):
+            with np.errstate(divide="ignore"):  # equal images
                 name, numbers = name.replace("square", "psnr"), 10 * np.log10(255**2 / numbers[[0, 2, 1]])
-        rows[name] = dict(zip(("value", "low", "high"), numbers, strict=True)) | {"n": int(bottom.sum())}
-    return pd.DataFrame.from_dict(rows, orient="index")
+        rows[name] = [*numbers, int(patients[whole].sum())]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"])

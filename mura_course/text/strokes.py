@@ -5,16 +5,12 @@ sees; nothing of it has been measured on MURA. Finds only text that is brighter 
 the film's border.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from .boxes import BORDER, Found, TextBox, from_border, grey
-
-VERSION = "1"  # raised by hand where the masks change (a test holds some of them): other data for every run
 
 # Lengths are fractions of the film's longest side, grey levels fractions of the film's own range.
 HAT = 0.04  # what is wider than this is no stroke of a letter, but bone or flesh
@@ -30,27 +26,17 @@ class Stroke:
 
     Attributes
     ----------
-    box : tuple of int
-        x0, y0, x1, y1 in pixels.
-    corner, grown : tuple of int, ndarray
-        Row and column of the shape with its soft rim, and that shape, bool.
-    grey, contrast : float
-        Grey of its core, and how far that is above the ring two pixels around it; fractions of the film's
-        range.
-    uneven, clear : float
-        Spread of the core's grey over the contrast; contrast over the spread of the ring.
-    bar : bool
-        Longer than letters are, like a pin or the edge of a bone.
+    window, grown : tuple of slice, ndarray
+        Rows and columns of the shape with its soft rim, and that shape there, bool.
+    measures : tuple of float
+        x0, y0, x1, y1 in pixels. Grey of its core, and how far that is above the ring two pixels around it:
+        fractions of the film's range. Spread of the core's grey over this contrast; the contrast over the
+        spread of the ring. 1 for a bar, which is longer than letters are, like a pin or the edge of a bone.
     """
 
-    box: tuple[int, int, int, int]
-    corner: tuple[int, int]
+    window: tuple[slice, slice]
     grown: np.ndarray
-    grey: float
-    contrast: float
-    uneven: float
-    clear: float
-    bar: bool
+    measures: tuple[float, ...]
 
 
 class Strokes:
@@ -61,7 +47,8 @@ class Strokes:
     """
 
     name = "strokes"
-    versions = {"strokes": VERSION, "opencv": cv2.__version__}
+    # The first is raised by hand where the masks change (a test holds some): then the films are other data.
+    versions = {"strokes": "1", "opencv": cv2.__version__}
 
     def __call__(self, image: np.ndarray) -> Found:
         """Find text in a film.
@@ -82,9 +69,9 @@ class Strokes:
             The image has another type or shape.
         """
         strokes, mask = _candidates(grey(image)), np.zeros(image.shape[:2], bool)
-        for i in np.flatnonzero(_accept(strokes, mask.shape)):
-            (top, left), (height, width) = strokes[i].corner, strokes[i].grown.shape
-            mask[top : top + height, left : left + width] |= strokes[i].grown
+        measures = np.reshape([stroke.measures for stroke in strokes], (-1, 9))
+        for i in np.flatnonzero(_accept(measures, max(mask.shape))):
+            mask[strokes[i].window] |= strokes[i].grown
         return Found(_boxes(mask), mask)
 
 
@@ -114,15 +101,13 @@ def _candidates(film: np.ndarray) -> list[Stroke]:
         good = (area >= 6) & (width <= WIDEST * longest) & (sharp > max(0.08, level))
         good &= (height >= HEIGHTS[0] * longest) & (height <= HEIGHTS[1] * longest)
         good &= from_border(np.stack([x, y, x + width, y + height], axis=1), film.shape) <= BORDER
-        measured = (
-            _measure(film, hat, labels, i, stats[i], span) for i in np.flatnonzero(good).tolist() if i
-        )
+        measured = (_measure(film, hat, labels, i, stats[i], span) for i in np.flatnonzero(good) if i)
         strokes += [stroke for stroke in measured if stroke]
     return strokes
 
 
 def _measure(
-    film: np.ndarray, hat: np.ndarray, labels: np.ndarray, i: int, stats: np.ndarray, span: float
+    film: np.ndarray, hat: np.ndarray, labels: np.ndarray, i: np.intp, stats: np.ndarray, span: float
 ) -> Stroke | None:
     """Make the `Stroke` of component `i`, or None where it is too thick, too faint or a net."""
     x, y, width, height, _ = stats
@@ -150,10 +135,8 @@ def _measure(
     grown = (rim > 0) | ((cv2.dilate(shape, WIDER) > 0) & (hat >= 0.15 * peak))
     x, y, width, height = cv2.boundingRect(shape)
     box = (left + x, top + y, left + x + width, top + y + height)
-    clear = contrast / max(around.std() / span, 0.02)
-    uneven = core.std() / span / contrast
-    bar = _is_bar(shape, lines)
-    return Stroke(box, (top, left), grown, level / span, contrast, uneven, clear, bar)
+    uneven, clear = core.std() / span / contrast, contrast / max(around.std() / span, 0.02)
+    return Stroke(window, grown, (*box, level / span, contrast, uneven, clear, _is_bar(shape, lines)))
 
 
 def _is_bar(shape: np.ndarray, lines: tuple[np.ndarray, ...]) -> bool:
@@ -170,33 +153,26 @@ def _quantile(values: np.ndarray, fraction: float) -> float:
     return float(np.partition(values, place)[place])
 
 
-def _accept(strokes: list[Stroke], shape: tuple[int, ...]) -> np.ndarray:
-    """Which strokes are text, bool (n,): those beyond doubt, and those in a row with their like."""
-    if not strokes:
-        return np.zeros(0, bool)
-    box = np.array([s.box for s in strokes], float)
-    contrast, uneven, clear = (
-        np.array([getattr(s, name) for s in strokes]) for name in ("contrast", "uneven", "clear")
-    )
-    tall = box[:, 3] - box[:, 1] >= 0.02 * max(shape)
-    bar = np.array([s.bar for s in strokes])
-    certain = tall & ~bar & (contrast >= np.maximum(0.2, 0.12 + 3.5 * uneven)) & (clear >= 2.2)
+def _accept(measures: np.ndarray, longest: int) -> np.ndarray:
+    """Which strokes are text, bool (n,), by their measures, (n, 9): beyond doubt, or in a row."""
+    x0, y0, x1, y1, _, contrast, uneven, clear, bar = measures.T
+    certain = (y1 - y0 >= 0.02 * longest) & (bar == 0) & (clear >= 2.2)
+    certain &= contrast >= np.maximum(0.2, 0.12 + 3.5 * uneven)
     likely = certain | ((contrast >= np.maximum(0.1, uneven)) & (clear >= 1.4))
     accepted, rows = certain.copy(), np.flatnonzero(likely)
-    row_of = _rows(box[rows], np.array([strokes[i].grey for i in rows]))
+    row_of = _rows(*measures[rows, :5].T)
     for row in np.unique(row_of):
         members = rows[row_of == row]
-        count, letters = (_side_by_side(box[m]) for m in (members, members[~bar[members]]))
+        count, letters = (_side_by_side(x0[m], x1[m]) for m in (members, members[bar[members] == 0]))
         if count >= 2 and (certain[members].any() or (count >= 3 and letters >= 2)):
             accepted[members] = True
     return accepted
 
 
-def _rows(box: np.ndarray, level: np.ndarray) -> np.ndarray:
+def _rows(x0: np.ndarray, y0: np.ndarray, x1: np.ndarray, y1: np.ndarray, level: np.ndarray) -> np.ndarray:
     """Link neighbours of like height, place and grey, and number the rows that they make."""
     from scipy.sparse.csgraph import connected_components
 
-    x0, y0, x1, y1 = box.T
     height = y1 - y0
     smaller, taller = np.minimum(height[:, None], height), np.maximum(height[:, None], height)
     overlap = np.minimum(y1[:, None], y1) - np.maximum(y0[:, None], y0)
@@ -206,10 +182,10 @@ def _rows(box: np.ndarray, level: np.ndarray) -> np.ndarray:
     return connected_components(linked, directed=False)[1]
 
 
-def _side_by_side(box: np.ndarray) -> int:
-    """How many of the boxes stand beside one another; those that overlap count once."""
+def _side_by_side(x0: np.ndarray, x1: np.ndarray) -> int:
+    """How many strokes stand beside one another; those that overlap count once."""
     count, end = 0, -np.inf
-    for left, right in sorted(zip(box[:, 0], box[:, 2], strict=True)):
+    for left, right in sorted(zip(x0, x1, strict=True)):
         count += left >= end - 1
         end = max(end, right)
     return count

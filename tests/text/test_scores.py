@@ -77,9 +77,6 @@ def test_the_summary_adds_up_and_its_interval_is_over_patients():
     pd.testing.assert_frame_equal(table, shuffled)
 
 
-MARKS = {"L": "side letter", "R AP": "side letter and more", "04/11/2009": "date", "LEFT": "word"}
-
-
-@pytest.mark.parametrize(("text", "kind"), MARKS.items())
-def test_kinds_of_marker(text, kind):
-    assert scores.kind(text) == kind
+def test_kinds_of_marker():
+    kinds = [scores.kind(text) for text in ("L", "R AP", "04/11/2009", "LEFT")]
+    assert kinds == ["side letter", "side letter and more", "date", "word"]
