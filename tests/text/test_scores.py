@@ -1,6 +1,4 @@
-"""The measures of text removal: against renderings, and by hand."""
-
-import json
+"""The measures of text removal: on films whose text is known."""
 
 import numpy as np
 import pandas as pd
@@ -8,30 +6,7 @@ import pytest
 from text_films import film, write_on
 
 import mura_demo
-import mura_demo.studies
-from mura_course.paths import cache_dir
 from mura_course.text import Found, scores
-
-
-def test_known_films_are_the_data_sets_own(tmp_path):
-    made = {"recipe": mura_demo.RECIPE, "studies": 60, "seed": 3, "long_side": 160, "text": True}
-    (tmp_path / "manifest.json").write_text(json.dumps(made))
-    study = mura_demo.studies.plan(60, 3)[2]
-    taken = mura_demo.studies.film_study(study, 3, 160, cache_dir() / "bones")
-    stored = {path: (shot, row) for path, shot, row in taken}
-    twins = mura_demo.text_free_twins(tmp_path, list(stored), cache_dir())
-    films = list(mura_demo.known_films(tmp_path, list(stored), cache_dir()))
-    assert [f.path for f in films] == list(stored)
-    for f in films:
-        shot, row = stored[f.path]
-        image, twin = (a if a.ndim == 2 else a[..., 0] for a in (shot.image, twins[f.path]))
-        assert np.array_equal(f.image, image) and np.array_equal(f.twin, twin)
-        assert json.loads(row["text_boxes"]) == [list(t) for t in f.texts] and f.patient == study.patient
-        for _, x0, y0, x1, y1 in f.texts:
-            assert f.text[y0 : y1 + 1, x0 : x1 + 1].any()
-        assert 0.03 < f.bone.mean() < 0.7 and f.twin[f.bone].mean() > f.twin[~f.bone].mean()
-    with pytest.raises(ValueError, match=r"manifest\.json"):
-        next(mura_demo.known_films(tmp_path / "other", list(stored), cache_dir()))
 
 
 def known(path, patient, seed):
@@ -54,6 +29,7 @@ def test_scores_are_what_they_say():
     assert perfect["ssim after"] == 1 and perfect["square after"] == 0
     assert perfect["side letter found"] == 1 and perfect["film touched"] == 0
     nothing = scores.score(f, Found([], np.zeros_like(part)), f.image)
+    assert [*map(scores.kind, ("L", "R AP", "04/11/2009", "LEFT"))] == [*scores.KINDS]
     assert nothing["side letter found"] == 0 and nothing["square after"] == nothing["square before"]
 
 
@@ -75,8 +51,3 @@ def test_the_summary_adds_up_and_its_interval_is_over_patients():
     assert "date found" not in table.index and table.loc["side letter found", "n"] == 12
     shuffled = scores.summary(counted.sample(frac=1, random_state=0), samples=500)
     pd.testing.assert_frame_equal(table, shuffled)
-
-
-def test_kinds_of_marker():
-    kinds = [scores.kind(text) for text in ("L", "R AP", "04/11/2009", "LEFT")]
-    assert kinds == ["side letter", "side letter and more", "date", "word"]
