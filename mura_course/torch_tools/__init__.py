@@ -11,8 +11,7 @@ tensorflow_came_first = "tensorflow" in sys.modules and "triton" not in sys.modu
 if tensorflow_came_first:
     sys.modules["triton"] = None  # type: ignore[assignment]  # Python's way to say that it does not exist
 try:
-    import lightning  # noqa: F401
-    import torchmetrics  # noqa: F401
+    import lightning  # noqa: F401 - and with it TorchMetrics
     import torchvision  # noqa: F401
 finally:
     if tensorflow_came_first:

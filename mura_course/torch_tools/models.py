@@ -7,7 +7,7 @@ Writes only where torch keeps downloaded weights, and where `runs` asks for a mo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,8 @@ from torch import nn
 from .. import runs, weights
 from ..data import features
 from ..errors import ModelError, RunError, one_of
-from ..profiles import Profile
 
-Head = str | tuple[int, ...]
+Head = str | Sequence[int]
 HEADS = {"linear": (), "two_linear": (512,)}
 """KN's heads by name: the widths of their hidden layers (KN 3.1, 3.2)."""
 
@@ -56,41 +55,33 @@ def _resnet18() -> nn.Module:
     return module
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 of the package `efficientnet-lite-pytorch`, cut into blocks, without its top.
+def _lite0() -> nn.Module:
+    """Cut EfficientNet-Lite0 of the package `efficientnet-lite-pytorch` into blocks, without its top.
 
-    float32 (n, 3, side, side) in -1..1, side a multiple of 32 -> (n, 1280). Its drop-connect is left out. Its
-    BatchNorm layers gather their statistics at PyTorch's usual pace: at the package's they would follow only
-    after hundreds of steps.
+    Sides are multiples of 32. Its drop-connect is left out. Its BatchNorm layers gather their statistics at
+    PyTorch's usual pace: at the package's they would follow only after hundreds of steps.
     """
+    from efficientnet_lite_pytorch import EfficientNet
 
-    def __init__(self) -> None:
-        from efficientnet_lite_pytorch import EfficientNet
-
-        super().__init__()
-        whole = EfficientNet.from_name("efficientnet-lite0")
-        blocks = list(whole._blocks)
-        self.stem = nn.Sequential(whole._conv_stem, whole._bn0, nn.ReLU6())
-        # A block ends where the map is about to be halved: 1/4, 1/8, 1/16, 1/32 of the image's side.
-        self.layer1 = nn.Sequential(*blocks[:3])
-        self.layer2 = nn.Sequential(*blocks[3:5])
-        self.layer3 = nn.Sequential(*blocks[5:11])
-        self.layer4 = nn.Sequential(*blocks[11:])
-        self.last = nn.Sequential(whole._conv_head, whole._bn1, nn.ReLU6())
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.1
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to features."""
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
-        return self.last(x).mean(dim=(2, 3))
+    whole, module = EfficientNet.from_name("efficientnet-lite0"), nn.Sequential()
+    module.stem = nn.Sequential(whole._conv_stem, whole._bn0, nn.ReLU6())
+    # A block ends where the map is about to be halved: 1/4, 1/8, 1/16, 1/32 of the image's side.
+    module.layer1 = nn.Sequential(*whole._blocks[:3])
+    module.layer2 = nn.Sequential(*whole._blocks[3:5])
+    module.layer3 = nn.Sequential(*whole._blocks[5:11])
+    module.layer4 = nn.Sequential(*whole._blocks[11:])
+    module.last = nn.Sequential(whole._conv_head, whole._bn1, nn.ReLU6())
+    module.average = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1
+    return module
 
 
 _LAYERS = ("layer1", "layer2", "layer3", "layer4")
 BACKBONES = {
     "ResNet18": Backbone(_resnet18, 512, "imagenet", _LAYERS),
-    "EfficientNetLite0": Backbone(EfficientNetLite0, 1280, "-1..1", (*_LAYERS, "last")),
+    "EfficientNetLite0": Backbone(_lite0, 1280, "-1..1", (*_LAYERS, "last")),
 }
 """By name: the report's backbone (KN 2.2), and the one whose weights need no download."""
 
@@ -117,10 +108,8 @@ def backbone(name: str, weights: str = "imagenet") -> nn.Module:
     WeightsError
         ImageNet's weights cannot be downloaded.
     """
-    one_of("the backbone", name, BACKBONES, ModelError)
-    one_of("weights", weights, ("imagenet", "random"), ModelError)
-    module = BACKBONES[name].build()
-    if weights == "imagenet":
+    module = BACKBONES[one_of("the backbone", name, BACKBONES, ModelError)].build()
+    if one_of("weights", weights, ("imagenet", "random"), ModelError) == "imagenet":
         stored = torch.load(weights_file(name), map_location="cpu", weights_only=True)
         wanted = [array for layer, array in stored.items() if "fc." not in layer]  # without its 1,000 classes
         # The same layers in the same order; Lite0's package has other names for them.
@@ -140,9 +129,8 @@ def weights_file(name: str) -> Path:
     return weights.retrieve(url, file, file.stem.rpartition("-")[2])  # the name bears the digest's beginning
 
 
-def find_weights(name: str, profile: Profile) -> str:
-    """Say "imagenet" or "random", with a note, as `weights.find`; `name` is one of `BACKBONES`."""
-    return weights.find(name, profile, weights_file)
+find_weights = functools.partial(weights.find, weights_file=weights_file)
+"""(name, profile) -> "imagenet" or "random", with a note, as `weights.find`; name is one of `BACKBONES`."""
 
 
 def accelerator() -> torch.device:
@@ -188,7 +176,7 @@ def make_head(head: Head, features: int, outputs: int) -> nn.Module:
 
     Parameters
     ----------
-    head : str or tuple of int
+    head : str or sequence of int
         A name in `HEADS`, or the widths of the hidden layers.
     features, outputs : int
         (n, features) -> logits (n, outputs).
@@ -216,7 +204,7 @@ class ImageClassifier(nn.Module):
         One of `BACKBONES`.
     module : nn.Module
         What `backbone(name, ...)` returned.
-    head : str or tuple of int
+    head : str or sequence of int
         As `make_head` takes it.
     outputs : int
         How many logits.
@@ -242,8 +230,7 @@ class ImageClassifier(nn.Module):
     def put_head(self, head: Head, outputs: int) -> None:
         """Put a new head, with random weights, on the backbone."""
         self.head = make_head(head, BACKBONES[self.name].dim, outputs)
-        hidden = list(HEADS[head] if isinstance(head, str) else head)
-        self.architecture = {"backbone": self.name, "head": hidden, "outputs": outputs}
+        self.architecture = {"backbone": self.name, "head": head, "outputs": outputs}
 
     def freeze(self, frozen: bool) -> None:
         """Freeze or unfreeze the backbone."""
@@ -285,7 +272,7 @@ def _(model: nn.Module, folder: Path) -> str:
 def build_like(architecture: dict[str, Any]) -> ImageClassifier:
     """Build a frozen classifier of this `architecture`, with random weights."""
     name, head, outputs = (architecture[key] for key in ("backbone", "head", "outputs"))
-    return classifier(name, tuple(head), weights="random", outputs=outputs)
+    return classifier(name, head, weights="random", outputs=outputs)
 
 
 def load(run: runs.Run, into: nn.Module | None = None) -> Any:

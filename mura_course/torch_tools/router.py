@@ -10,7 +10,6 @@ from torch import nn
 
 from .. import data, runs
 from . import models
-from .models import ImageClassifier
 
 
 class Routed(nn.Module):
@@ -27,7 +26,7 @@ class Routed(nn.Module):
         The specialists' heads, one for each of `data.BODY_PARTS`, of one output, as wide as the router's.
     """
 
-    def __init__(self, router: ImageClassifier, heads: dict[str, nn.Module]) -> None:
+    def __init__(self, router: models.ImageClassifier, heads: dict[str, nn.Module]) -> None:
         super().__init__()
         self.router = router
         self.heads = nn.ModuleDict({part: heads[part] for part in data.BODY_PARTS})
@@ -44,6 +43,6 @@ class Routed(nn.Module):
 def load(run: runs.Run) -> Routed:
     """Load the routed system of a run; errors as `models.load`."""
     router = models.build_like(run.info["architecture"]["router"])
-    dim, widths = models.BACKBONES[router.name].dim, tuple(router.architecture["head"])
+    dim, widths = models.BACKBONES[router.name].dim, router.architecture["head"]
     heads = {part: models.make_head(widths, dim, 1) for part in data.BODY_PARTS}
     return models.load(run, into=Routed(router, heads))

@@ -14,7 +14,6 @@ import logging
 import pickle
 import time
 import warnings
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,46 +22,30 @@ import lightning
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
-from torchmetrics import classification
-from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCohenKappa, MulticlassF1Score
 from tqdm import tqdm
 
 from .. import data, disk, paths, runs
-from ..data import features
+from ..data import Batches, features
 from ..errors import TrainingError
 from ..profiles import Profile
 from ..recipes import Recipe, Stage
 from . import models
-from .models import ImageClassifier
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # without its greetings
 
 PARTS = len(data.BODY_PARTS)
 OUTPUTS = {"label": 1, "body_part": PARTS, "both": 1 + PARTS}
 """What a model can learn -> how many outputs it needs for that; of "both", abnormal comes first."""
-MONITORS = {"label": "val_accuracy", "body_part": "val_f1", "both": "val_accuracy"}
-"""What early stopping looks at (KN 4, KN 3.3)."""
 
 
-class BinaryAUROC(classification.BinaryAUROC):
-    """TorchMetrics', but undefined (NaN), not 0, where all images are of one class."""
-
-    def compute(self) -> torch.Tensor:
-        """Return the area, a scalar."""
-        one_class = dim_zero_cat(self.target).unique().numel() < 2
-        return torch.tensor(float("nan")) if one_class else super().compute()
-
-
-def task_metrics(target: str) -> nn.ModuleDict:
-    """Make what a training watches: for the label as both reports, for the body part as KN 3.3."""
-    label = {"accuracy": classification.BinaryAccuracy(), "auc": BinaryAUROC()}
-    label["kappa"] = classification.BinaryCohenKappa()
-    part: dict[str, nn.Module] = {"f1": classification.MulticlassF1Score(PARTS, average="macro")}
-    if target == "body_part":  # of both, accuracy is the label's
-        part["accuracy"] = classification.MulticlassAccuracy(PARTS, average="micro")
+def task_metrics() -> nn.ModuleDict:
+    """Make what a training watches: of the label as both reports, of the body part as KN 3.3."""
+    label = {"accuracy": BinaryAccuracy(), "auc": BinaryAUROC(), "kappa": BinaryCohenKappa()}
+    part = {"f1": MulticlassF1Score(PARTS, average="macro")}
     return nn.ModuleDict({"label": nn.ModuleDict(label), "body_part": nn.ModuleDict(part)})
 
 
@@ -83,9 +66,10 @@ def parameter_groups(model: Any, learning_rate: float, layer_decay: float) -> li
 
 
 class Task(lightning.LightningModule):
-    """A model and a stage as Lightning's Trainer wants them: loss, metrics and optimiser.
+    """A model and a stage as Lightning's Trainer wants them: loss, metrics, optimiser and history.
 
-    The label's loss is binary cross-entropy, the body part's cross-entropy; of both, the sum.
+    The label's loss is binary cross-entropy, the body part's cross-entropy; of both, the sum. The history is
+    kept in the checkpoints.
 
     Parameters
     ----------
@@ -97,8 +81,8 @@ class Task(lightning.LightningModule):
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
         super().__init__()
-        self.model, self.stage = model, stage
-        self.watched = nn.ModuleDict({name: task_metrics(stage.target) for name in ("fitting", "dev")})
+        self.model, self.stage, self.rows = model, stage, []
+        self.watched = nn.ModuleDict({"fitting": task_metrics(), "dev": task_metrics()})
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
         """Return the loss of a training batch."""
@@ -131,9 +115,38 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make Adam, with a learning rate for each block where the stage has a layer decay."""
-        return torch.optim.Adam(
-            parameter_groups(self.model, self.stage.learning_rate, self.stage.layer_decay)
-        )
+        groups = parameter_groups(self.model, self.stage.learning_rate, self.stage.layer_decay)
+        return torch.optim.Adam(groups)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history."""
+        checkpoint["rows"] = self.rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the history."""
+        self.rows = checkpoint["rows"]
+
+    def on_train_epoch_start(self) -> None:
+        """Tell the batches, whose order and augmentation depend on the epoch alone; begin a progress line."""
+        loader: Any = self.trainer.train_dataloader
+        loader.set_epoch(self.current_epoch)
+        title, hidden = f"Epoch {self.current_epoch + 1}", not self.trainer.is_global_zero
+        self.line = tqdm(desc=title, total=len(loader), unit="batch", leave=False, disable=hidden)
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Move the progress line."""
+        self.line.update()
+
+    def on_train_epoch_end(self) -> None:
+        """Write the epoch's row; TrainingError where the loss is not a number."""
+        self.line.close()
+        scores = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        rate, loss = self.trainer.optimizers[0].param_groups[0]["lr"], scores["loss"]
+        if not np.isfinite(loss):
+            raise TrainingError(f"The loss became {loss}. Lower the learning rate, now {rate:g}.")
+        own = {"learning_rate": rate, "seconds": round(time.perf_counter() - self.began, 3)}
+        self.rows.append({"epoch": len(self.rows) + 1} | scores | own)
 
 
 # What survives a kill ---------------------------------------------------------------------------
@@ -157,7 +170,7 @@ class Checkpoints(TorchCheckpointIO):
 def read(file: Path, task: Task | None = None) -> dict[str, Any]:
     """Return the checkpoint in `file`, and fill `task` with it.
 
-    TrainingError where it was changed, holds more than numbers and text, or is of another model.
+    TrainingError where it was changed, holds more than plain values, or is of another model.
     """
     try:
         content = file.read_bytes()
@@ -168,76 +181,16 @@ def read(file: Path, task: Task | None = None) -> dict[str, Any]:
             task.load_state_dict(checkpoint["state_dict"])
         return checkpoint
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        unsafe = isinstance(error, pickle.UnpicklingError)
-        reason = "more than plain values" if unsafe else " ".join(str(error).split())[:200]
-        raise TrainingError(
-            f"{file} is damaged or was left by another model ({reason}). Delete {file.parent} to train again."
-        ) from error
-
-
-class History(Callback):
-    """A row an epoch, kept in the checkpoints; the progress line; tells the batches which epoch it is."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.line = tqdm(disable=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.rows = state_dict["rows"]
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin the progress line."""
-        batches = int(trainer.num_training_batches)
-        shown = {"desc": "Training", "unit": "batch", "leave": False, "disable": not trainer.is_global_zero}
-        self.line = tqdm(total=trainer.max_epochs * batches, initial=len(self.rows) * batches, **shown)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tell the batches, whose order and augmentation depend on the epoch alone."""
-        trainer.train_dataloader.set_epoch(trainer.current_epoch)
-        self.began = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Move the progress line."""
-        self.line.update()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the row; TrainingError where the loss is not a number."""
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        rate, epoch = trainer.optimizers[0].param_groups[0]["lr"], len(self.rows) + 1
-        if not np.isfinite(scores["loss"]):
-            raise TrainingError(
-                f"The loss became {scores['loss']} in epoch {epoch}. Lower the learning rate, now {rate:g}, "
-                "or look for inputs that are not numbers."
-            )
-        seconds = round(time.perf_counter() - self.began, 3)
-        self.rows.append({"epoch": epoch} | scores | {"learning_rate": rate, "seconds": seconds})
-        self.line.set_postfix({name: f"{v:.3f}" for name, v in scores.items() if name.endswith("loss")})
-
-    def on_fit_end(self, *_: Any, **__: Any) -> None:
-        """End the progress line."""
-        self.line.close()
-
-    on_exception = on_fit_end
+        raise TrainingError(f"{file} is damaged or of another model. Delete {file.parent}.") from error
 
 
 # Training ---------------------------------------------------------------------------------------
 
-DEFAULTS = {"devices": 1, "logger": False, "num_sanity_val_steps": 0}
-DEFAULTS |= {"enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def fit(
-    model: nn.Module,
-    train: data.Batches,
-    dev: data.Batches | None,
-    stage: Stage,
-    workdir: str | Path,
-    **trainer_options: Any,
+    model: nn.Module, train: Batches, dev: Batches | None, stage: Stage, workdir: str | Path, **options: Any
 ) -> pd.DataFrame:
     """Train `model` by Lightning's Trainer as `stage` says, with early stopping; goes on after a kill.
 
@@ -252,7 +205,7 @@ def fit(
         Its head and whether it is frozen are the model's matter; all else counts here.
     workdir : path
         Where the state is kept after every epoch; the next call with the same folder goes on from there.
-    **trainer_options
+    **options
         Of `lightning.Trainer`, e.g. ``devices=2, strategy="ddp_notebook"`` ("ddp_spawn" in a script). Each
         device then takes other batches, so that one step is made of as many batches as there are devices.
 
@@ -273,38 +226,36 @@ def fit(
     """
     if stage.patience is not None and dev is None:
         raise TrainingError("There is no dev image to stop by. Take more patients, or set patience=None.")
-    sets, expected = [train] if dev is None else [train, dev], getattr(model, "expected_scale", None)
-    for batches in sets if expected else ():  # a head on features expects none
-        data.check_scale(str(expected), batches)
-    task, history, last = Task(model, stage), History(), Path(workdir) / "last.ckpt"
+    loaders = [_loader(model, batches) for batches in (train, dev) if batches is not None]
+    task, last = Task(model, stage), Path(workdir) / "last.ckpt"
     epochs = stage.epochs or -(-(stage.steps or 0) // len(train))  # steps make whole epochs, rounded up
-    state = read(last, task)["callbacks"] if last.exists() else {history.state_key: {"rows": []}}
-    stopped = any(callback.get("stopped_epoch") for callback in state.values())
-    if len(state[history.state_key]["rows"]) < epochs and not stopped:
-        with warnings.catch_warnings():  # advice about loaders that does not apply to ours
-            warnings.simplefilter("ignore")
-            options: Any = {"max_epochs": epochs, "callbacks": [history, *_callbacks(stage, last.parent)]}
-            trainer = lightning.Trainer(plugins=[Checkpoints()], **options | DEFAULTS | trainer_options)
-            resume = last if last.exists() else None
-            trainer.fit(task, *(batches.torch() for batches in sets), ckpt_path=resume, weights_only=True)
-        state = read(last, task)["callbacks"]
+    state = read(last, task) if last.exists() else {"rows": [], "callbacks": {}}
+    stopped = any(callback.get("stopped_epoch") for callback in state["callbacks"].values())
+    if len(state["rows"]) < epochs and not stopped:
+        always: Any = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+        callbacks: list[Any] = [ModelCheckpoint(last.parent, "last", **always)]  # knows the others' state
+        if stage.patience is not None:
+            by: Any = {"monitor": "val_f1" if stage.target == "body_part" else "val_accuracy", "mode": "max"}
+            best = ModelCheckpoint(last.parent, "best", **by, **always)
+            callbacks = [EarlyStopping(patience=stage.patience, **by), best, *callbacks]
+        options = {"devices": 1, "num_sanity_val_steps": 0, "max_epochs": epochs} | QUIET | options
+        with warnings.catch_warnings(action="ignore"):  # advice about loaders that does not apply to ours
+            trainer = lightning.Trainer(callbacks=callbacks, plugins=[Checkpoints()], **options)
+            trainer.fit(task, *loaders, ckpt_path=last if last.exists() else None, weights_only=True)
+        state = read(last, task)
     if stage.patience is not None:
         read(last.with_name("best.ckpt"), task)
-    return pd.DataFrame(state[history.state_key]["rows"])
+    return pd.DataFrame(state["rows"])
 
 
-def _callbacks(stage: Stage, folder: Path) -> list[Callback]:
-    """Stop early and keep the best epoch, where the stage has patience; keep the last epoch."""
-    always: Any = {"dirpath": folder, "enable_version_counter": False, "save_on_train_epoch_end": True}
-    last = ModelCheckpoint(filename="last", **always)
-    if stage.patience is None:
-        return [last]
-    watch: Any = {"monitor": MONITORS[stage.target], "mode": "max"}
-    best = ModelCheckpoint(filename="best", **watch, **always)
-    return [EarlyStopping(patience=stage.patience, **watch), best, last]  # the last one keeps their state
+def _loader(model: nn.Module, batches: Batches) -> Any:
+    """Make a DataLoader of batches on the scale that the model expects; a head on features expects none."""
+    if hasattr(model, "expected_scale"):
+        data.check_scale(str(model.expected_scale), batches)
+    return batches.torch()
 
 
-def predict(model: nn.Module, batches: data.Batches) -> pd.DataFrame:
+def predict(model: nn.Module, batches: Batches) -> pd.DataFrame:
     """Ask a model about images (or a head about features).
 
     Parameters
@@ -325,12 +276,11 @@ def predict(model: nn.Module, batches: data.Batches) -> pd.DataFrame:
     DataError
         The batches have another scale than the model expects.
     """
-    if hasattr(model, "expected_scale"):
-        data.check_scale(str(model.expected_scale), batches)
+    loader = _loader(model, batches)
     rows, device, was_training = batches.index.iloc[batches.order], models.accelerator(), model.training
     model.eval().to(device)
     with torch.inference_mode():
-        logits = torch.cat([model(x.to(device)).cpu() for x, _ in batches.torch()]).double()
+        logits = torch.cat([model(x.to(device)).cpu() for x, _ in loader]).double()
     model.train(was_training).cpu()
     if logits.shape[1] > 1:
         said = logits[:, -PARTS:].softmax(dim=1).numpy()
@@ -341,33 +291,21 @@ def predict(model: nn.Module, batches: data.Batches) -> pd.DataFrame:
 # Recipes ----------------------------------------------------------------------------------------
 
 
-def images_of(recipe: Recipe, split: pd.DataFrame, stage: Stage) -> pd.DataFrame:
-    """Choose a stage's images: its fraction of the train and dev patients, the recipe's body parts."""
-    fraction = recipe.fraction if stage.fraction is None else stage.fraction
-    films: Any = data.sample_patients(split, fraction)
-    return films[films["body_part"].isin(recipe.parts or data.BODY_PARTS)]
-
-
-def build(recipe: Recipe, weights: str) -> ImageClassifier:
-    """Build a recipe's model as before its first stage; `weights` and errors as `models.backbone`."""
-    first = recipe.stages[0]
-    torch.manual_seed(recipe.seed)
-    return models.classifier(recipe.backbone, first.head or (), first.frozen, weights, OUTPUTS[first.target])
-
-
 def train_stages(
     recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str, workdir: Path, **trainer_options: Any
-) -> tuple[ImageClassifier, pd.DataFrame, pd.DataFrame]:
+) -> tuple[models.ImageClassifier, pd.DataFrame, pd.DataFrame]:
     """Train a recipe's stages one after the other: (model, history, predictions on test)."""
     store = data.PixelStore.open_or_build(split, recipe.size, profile.workers)
     options: Any = {"batch_size": recipe.batch_size, "seed": recipe.seed, "workers": profile.workers}
-    model, histories, sets = build(recipe, weights), [], {}
+    torch.manual_seed(recipe.seed)
+    model, histories, sets = models.classifier(recipe.backbone, weights=weights), [], {}
     for number, stage in enumerate(recipe.stages, start=1):
         torch.manual_seed(recipe.seed)  # a new head does not depend on what came before
         if stage.head is not None:
             model.put_head(stage.head, OUTPUTS[stage.target])
         model.freeze(stage.frozen)
-        films = images_of(recipe, split, stage)
+        films: Any = data.sample_patients(split, stage.fraction or recipe.fraction)
+        films = films[films["body_part"].isin(recipe.parts or data.BODY_PARTS)]
         y = ("label", "body_part") if stage.target == "both" else stage.target
         sets = data.kn_datasets(films, store, scale=model.expected_scale, target=y, **options)
         sets["train"].augment = data.AUGMENTS[recipe.augment]
@@ -386,19 +324,13 @@ def _folder(recipe: Recipe, number: int, films: pd.DataFrame, weights: str, work
     """Choose a stage's folder: the last has `workdir`, others are found by recipes that begin alike."""
     if number == len(recipe.stages):
         return workdir
-    begun = recipe.config() | {"stages": [asdict(stage) for stage in recipe.stages[:number]]}
-    key = json.dumps([begun, weights, data.fingerprint(films), torch.__version__], sort_keys=True)
+    begun = recipe.config() | {"stages": recipe.config()["stages"][:number]}
+    key = json.dumps([weights, begun, data.fingerprint(films), torch.__version__], sort_keys=True)
     return disk.workdir(paths.cache_dir() / "stages" / hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
 def train(
-    name: str,
-    recipe: Recipe,
-    split: pd.DataFrame,
-    profile: Profile,
-    weights: str | None = None,
-    root: str | Path | None = None,
-    **trainer_options: Any,
+    name: str, recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str, **options: Any
 ) -> runs.Run:
     """Find the finished run of this recipe on these data, or train it now, stage by stage.
 
@@ -412,11 +344,9 @@ def train(
         As `data.split_dev` returns it.
     profile : Profile
         Threads, precision, and the run's place.
-    weights : {"imagenet", "random"}, optional
-        By default what `models.find_weights` says.
-    root : path, optional
-        As in `runs.fit_or_load`.
-    **trainer_options
+    weights : {"imagenet", "random"}
+        What the backbone starts from, e.g. what `models.find_weights` says.
+    **options
         As in `fit`.
 
     Returns
@@ -433,11 +363,7 @@ def train(
         No train or no test images of the recipe's body parts.
     """
     if recipe.dropout or any(stage.plateau for stage in recipe.stages):
-        raise TrainingError(
-            "torch_tools has neither dropout nor a plateau: train this recipe with keras_tools."
-        )
-    start = weights or models.find_weights(recipe.backbone, profile)
-    half = profile.mixed_precision and torch.cuda.is_available()
-    options = {"precision": "16-mixed" if half else "32-true"} | trainer_options
-    make = partial(train_stages, recipe, split, profile, start, **options)
-    return runs.fit_or_load(name, recipe.config(), make, split, profile, start, root)
+        raise TrainingError("torch_tools has neither dropout nor a plateau; keras_tools has both.")
+    precision = "16-mixed" if profile.mixed_precision and torch.cuda.is_available() else "32-true"
+    make = partial(train_stages, recipe, split, profile, weights, **{"precision": precision} | options)
+    return runs.fit_or_load(name, recipe.config(), make, split, profile, weights)

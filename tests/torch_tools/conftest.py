@@ -15,9 +15,10 @@ torch.set_num_threads(1)  # networks so small gain nothing from more
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """ResNet18 is a network as small as can be, 6 features instead of 512."""
+def tiny(monkeypatch, tmp_path):
+    """ResNet18 is a network as small as can be, 6 features instead of 512; each test has its own cache."""
     monkeypatch.setitem(models.BACKBONES, "ResNet18", small.TINY)
+    monkeypatch.setenv("MURA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -25,25 +25,19 @@ def fit(model, sets, workdir, **changes):
     return training.fit(model, sets["train"], sets["validation"], stage, workdir)
 
 
-def weights_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_backbone_stays_as_it_is_batchnorm_included(sets, tmp_path, frozen):
     model = model_of(frozen=frozen)
-    before = weights_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     fit(model, sets, tmp_path, epochs=1)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert any(name.startswith("head") for name in changed)
-    assert any(name.startswith("backbone") for name in changed) == (not frozen)
+    changed = {name[:4] for name, v in model.state_dict().items() if not torch.equal(v, before[name])}
+    assert changed == ({"head"} if frozen else {"head", "back"})
 
 
 def test_history_and_predictions_agree_with_plain_pytorch(sets, tmp_path):
     model, plain = model_of(), model_of()
     history = fit(model, sets, tmp_path, epochs=2)
     assert history["epoch"].tolist() == [1, 2] and history["learning_rate"].tolist() == [0.01, 0.01]
-    assert {"accuracy", "auc", "kappa", "val_loss", "val_auc", "val_kappa", "seconds"} <= set(history)
     optimiser, losses, loader = torch.optim.Adam(plain.parameters(), lr=0.01), [], sets["train"].torch()
     for _ in range(2):
         total = 0.0
@@ -57,32 +51,25 @@ def test_history_and_predictions_agree_with_plain_pytorch(sets, tmp_path):
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     dev = training.predict(model, sets["validation"])
     assert np.mean((dev["probability"] > 0.5) == dev["label"]) == pytest.approx(history["val_accuracy"].max())
-    pd.testing.assert_frame_equal(dev, training.predict(model, sets["validation"]))
 
 
-class Interrupted(Exception):
-    pass
-
-
-def test_interrupted_it_goes_on_with_history_best_epoch_and_early_stopping(
-    sets, tmp_path, monkeypatch, capsys
-):
+def test_interrupted_it_goes_on_with_history_best_epoch_and_early_stopping(sets, tmp_path, monkeypatch):
     whole, options = model_of(), {"epochs": 30, "patience": 3, "learning_rate": 0.03}
     expected = fit(whole, sets, tmp_path / "whole", **options)
     best = int(expected["val_accuracy"].idxmax())
     assert len(expected) == best + 4 < 30
-    real = training.History.on_train_epoch_start
+    real = training.Task.on_train_epoch_start
 
-    def stop(self, trainer, module):
-        real(self, trainer, module)
+    def stop(self):
+        real(self)
         if len(self.rows) == len(expected) - 2:  # early stopping has begun to wait
-            raise Interrupted
+            raise InterruptedError
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(training.History, "on_train_epoch_start", stop)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(training.Task, "on_train_epoch_start", stop)
         fit(model_of(), sets, tmp_path / "cut", **options)
     for done in (len(expected) - 2, len(expected)):
-        before = training.read(tmp_path / "cut/last.ckpt")["callbacks"]["History"]["rows"]
+        before = training.read(tmp_path / "cut/last.ckpt")["rows"]
         assert len(before) == done
         model = model_of(seed=9)  # its weights come from the checkpoint
         history = fit(model, sets, tmp_path / "cut", **options)
@@ -102,12 +89,9 @@ def test_fault_4_a_flipped_byte_in_a_resume_file_is_noticed(sets, tmp_path):
             with pytest.raises(TrainingError, match=f"{name} is damaged.*Delete {tmp_path}"):
                 fit(model_of(), sets, tmp_path, epochs=2)
         (tmp_path / name).write_bytes(whole)
-    assert len(fit(model_of(), sets, tmp_path, epochs=2)) == 2
 
 
-def test_a_loss_that_is_not_a_number_a_wrong_scale_and_another_models_folder_are_refused(
-    sets, films, tmp_path
-):
+def test_a_steep_learning_rate_a_wrong_scale_and_another_models_folder_are_refused(sets, films, tmp_path):
     with pytest.raises(TrainingError, match="loss became .*Lower the learning rate, now 1e"):
         fit(model_of(), sets, tmp_path / "steep", learning_rate=1e36)
     wrong = {name: data.Batches(sets["train"].store, films, 8) for name in ("train", "validation")}
@@ -116,64 +100,40 @@ def test_a_loss_that_is_not_a_number_a_wrong_scale_and_another_models_folder_are
     with pytest.raises(DataError, match="expects pixels scaled to 'imagenet'"):
         training.predict(model_of(), wrong["train"])
     fit(model_of(), sets, tmp_path / "other", epochs=1)
-    with pytest.raises(TrainingError, match="left by another model.*Delete"):
+    with pytest.raises(TrainingError, match="of another model.*Delete"):
         fit(model_of("both"), sets, tmp_path / "other", epochs=1)
-
-
-def test_without_patience_the_last_epoch_counts_and_dev_may_be_missing(sets, tmp_path):
-    stage = Stage(steps=5, learning_rate=0.01)
-    blind, watched = model_of(), model_of()
-    history = training.fit(blind, sets["train"], None, stage, tmp_path / "blind")
-    assert len(history) == 2 and "val_loss" not in history  # three batches an epoch
-    with_dev = training.fit(watched, sets["train"], sets["validation"], stage, tmp_path / "watched")
-    np.testing.assert_allclose(history["loss"], with_dev["loss"])
-    for name, value in blind.state_dict().items():
-        torch.testing.assert_close(value, watched.state_dict()[name])
 
 
 def test_both_targets_at_once_are_the_sum_of_both_losses(films, store, tmp_path):
     both = data.kn_datasets(films, store, batch_size=8, workers=0, target=("label", "body_part"))
     model = model_of("both")
-    x, y = next(iter(both["train"].torch()))
-    task = training.Task(model.eval(), Stage(epochs=1, learning_rate=1, target="both"))
-    task.log = lambda *_, **__: None
-    label = functional.binary_cross_entropy_with_logits(model(x)[:, 0], y["label"])
-    part = functional.cross_entropy(model(x)[:, 1:], y["body_part"])
-    torch.testing.assert_close(task.training_step((x, y), 0), label + part)
-    history = fit(model, both, tmp_path, epochs=2, target="both")
+    history = fit(model, both, tmp_path, epochs=1, target="both")
+    x, y = next(iter(both["validation"].torch()))  # all of dev
+    with torch.inference_mode():
+        said = model.eval()(x)
+        label = functional.binary_cross_entropy_with_logits(said[:, 0], y["label"])
+        loss = label + functional.cross_entropy(said[:, 1:], y["body_part"])
+    assert len(x) == len(both["validation"].index) and history["val_loss"][0] == pytest.approx(float(loss))
     assert {"accuracy", "auc", "kappa", "f1", "val_auc", "val_f1"} <= set(history)
+    assert {"probability", *data.BODY_PARTS} <= set(training.predict(model, both["test"]))
 
 
 def test_early_stopping_looks_at_macro_f1_and_columns_follow_the_outputs(films, store, tmp_path):
     parts = data.kn_datasets(films, store, batch_size=8, workers=0, target="body_part")
-    model, names = model_of("body_part"), list(data.BODY_PARTS)
+    model = model_of("body_part")
     history = fit(model, parts, tmp_path, epochs=3, target="body_part")
     found = training.predict(model, parts["validation"])
-    called = found[names].idxmax(axis=1)
-    assert f1_score(found["body_part"], called, average="macro") == pytest.approx(history["val_f1"].max())
-    np.testing.assert_allclose(found[names].sum(axis=1), 1)
+    said = found[list(data.BODY_PARTS)]
+    f1 = f1_score(found["body_part"], said.idxmax(axis=1), average="macro")
+    assert f1 == pytest.approx(history["val_f1"].max()) and np.allclose(said.sum(axis=1), 1)
     assert "probability" not in found and "kappa" not in history
-    both = training.predict(model_of("both"), parts["test"])
-    assert both["probability"].std() > 0 and set(names) < set(both)
 
 
-def test_of_one_class_there_is_no_area_under_the_curve():
-    auc = training.task_metrics("label")["label"]["auc"]
-    auc.update(torch.tensor([0.2, 0.7]), torch.tensor([1, 1]))
-    assert auc.compute().isnan()
-    auc.update(torch.tensor([0.3]), torch.tensor([0]))
-    assert auc.compute() == 0.5
-
-
-def test_lower_blocks_learn_at_lower_rates(sets, tmp_path):
+def test_lower_blocks_learn_at_lower_rates():
     model = models.classifier("EfficientNetLite0", "linear", False, "random")
     of = {id(p): g["lr"] for g in training.parameter_groups(model, 1.0, 0.5) for p in g["params"]}
     assert len(of) == sum(1 for _ in model.parameters())
     assert of[id(model.head.weight)] == 1.0 and of[id(next(model.backbone.layer4.parameters()))] == 0.25
     assert min(of.values()) == of[id(next(model.backbone.stem.parameters()))]
-    model = model_of()
-    before = weights_of(model)
-    history = fit(model, sets, tmp_path, epochs=1, layer_decay=1e-12)
-    assert history["learning_rate"].tolist() == [0.01]  # the head's
-    moved = {n: (v - before[n]).abs().max() > 1e-6 for n, v in model.named_parameters()}
-    assert all(moved[name] == name.startswith("head") for name in moved)
+    optimiser = training.Task(model, Stage(epochs=1, learning_rate=1, layer_decay=0.5)).configure_optimizers()
+    assert [group["lr"] for group in optimiser.param_groups] == [0.5**i for i in range(7)]

@@ -19,5 +19,5 @@ class Tiny(torch.nn.Module):
 TINY = models.Backbone(Tiny, 6, "imagenet", ("layer1", "layer2"))
 
 
-def classifier(outputs=1, frozen=True, head="two_linear", module=None):
-    return models.ImageClassifier("ResNet18", module or Tiny(), head, outputs, frozen)
+def classifier(outputs=1, frozen=True):
+    return models.ImageClassifier("ResNet18", Tiny(), "two_linear", outputs, frozen)
