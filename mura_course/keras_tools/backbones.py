@@ -7,16 +7,14 @@ Writes into Keras's folder of models and below ``<cache folder>/weights``.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -29,8 +27,7 @@ from ..errors import ModelError, WeightsError, one_of
 from ..profiles import Profile
 
 
-@dataclass(frozen=True)
-class Backbone:
+class Backbone(NamedTuple):
     """What the book knows of a backbone; `BACKBONES` lists them.
 
     Attributes
@@ -54,23 +51,14 @@ class Backbone:
     digest: str = ""
 
 
-# repeats, kernel, stride of the first, expansion, filters: the EfficientNet paper, Table 1 (arXiv 1905.11946)
-LITE0_STAGES = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
-)
+# Of the seven stages of the EfficientNet paper's Table 1 (arXiv 1905.11946)
+REPEATS, KERNELS = (1, 2, 2, 3, 3, 4, 1), (3, 3, 5, 3, 5, 5, 3)
+STRIDES, EXPANSIONS = (1, 2, 2, 2, 1, 2, 1), (1, 6, 6, 6, 6, 6, 6)
+FILTERS = (16, 24, 40, 80, 112, 192, 320)
 
 
 def efficientnet_lite0(
-    weights: str | None = None,
-    input_shape: tuple[int, int, int] = (224, 224, 3),
-    pooling: str | None = "max",
-    name: str = "efficientnet_lite0",
+    weights: str | None = None, input_shape: tuple = (224, 224, 3), pooling: str | None = "max", name="lite0"
 ) -> keras.Model:
     """EfficientNet-Lite0 without its top: EfficientNet-B0 without squeeze-and-excitation, with ReLU6.
 
@@ -93,13 +81,14 @@ def efficientnet_lite0(
     """
     x = inputs = keras.Input(input_shape)
     x = _convolution(x, 32, 3, 2, "stem")
-    for number, (repeats, kernel, stride, expansion, filters) in enumerate(LITE0_STAGES, start=1):
+    stages = zip(REPEATS, KERNELS, STRIDES, EXPANSIONS, FILTERS, strict=True)
+    for number, (repeats, kernel, stride, expansion, filters) in enumerate(stages, start=1):
         for i in range(repeats):
-            first = stride if i == 0 else 1
-            x = _inverted_bottleneck(x, kernel, first, expansion, filters, f"block{number}_{i + 1}")
+            x = _inverted_bottleneck(
+                x, kernel, stride if i == 0 else 1, expansion, filters, f"block{number}_{i}"
+            )
     x = _convolution(x, 1280, 1, 1, "last")
-    if pooling is not None:
-        x = layers.GlobalMaxPooling2D(name="max_pool")(x)
+    x = layers.GlobalMaxPooling2D(name="max_pool")(x) if pooling else x
     model = keras.Model(inputs, x, name=name)
     if weights is not None:
         _fill_from_pytorch(model, weights)
@@ -131,23 +120,19 @@ def _convolution(x, filters: int | None, kernel: int, stride: int, name: str, re
 def _fill_from_pytorch(model: keras.Model, file: str) -> None:
     """Put the arrays in `file`, laid out as PyTorch's, into the twin, whose layers come in their order."""
     with np.load(file) as stored:
-        source = iter([stored[name] for name in stored.files])
+        names = [name for name in stored.files if "_fc." not in name and "num_batches" not in name]
+        source = iter([stored[name] for name in names])
     for layer in model.layers:
-        if isinstance(layer, layers.DepthwiseConv2D):
-            layer.set_weights([next(source).transpose(2, 3, 0, 1)])  # (channels, 1, h, w)
-        elif isinstance(layer, layers.Conv2D):
-            layer.set_weights([next(source).transpose(2, 3, 1, 0)])  # (out, in, h, w)
-        elif isinstance(layer, layers.BatchNormalization):
-            layer.set_weights(
-                [next(source) for _ in range(4)]
-            )  # scale, shift, mean, variance: the same order
+        if isinstance(layer, layers.BatchNormalization):
+            layer.set_weights([next(source) for _ in range(4)])  # scale, shift, mean, variance
+        elif layer.weights:  # (out, in, h, w), or (channels, 1, h, w)
+            depthwise = isinstance(layer, layers.DepthwiseConv2D)
+            layer.set_weights([next(source).transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))])
 
 
-URL = (
-    "https://storage.googleapis.com/tensorflow/keras-applications/"
-    "{}/{}_weights_tf_dim_ordering_tf_kernels_notop.h5"
-)
-DENSENET, RESNET = URL.format("densenet", "densenet201"), URL.format("resnet", "resnet50")
+KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
+DENSENET = f"{KERAS}/densenet/densenet201_weights_tf_dim_ordering_tf_kernels_notop.h5"
+RESNET = f"{KERAS}/resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 densenet201 = partial(keras.applications.DenseNet201, include_top=False)
 resnet50 = partial(keras.applications.ResNet50, include_top=False)
 BACKBONES = {
@@ -244,8 +229,7 @@ def set_trainable(base: keras.Model, trainable: bool) -> None:
     """
     base.trainable = trainable
     for layer in base.layers:
-        if isinstance(layer, layers.BatchNormalization):
-            layer.trainable = False
+        layer.trainable = trainable and not isinstance(layer, layers.BatchNormalization)
 
 
 def find_weights(name: str, profile: Profile) -> str:
@@ -278,25 +262,21 @@ def weights_file(name: str) -> Path:
 CONVERT = """
 import sys, numpy, torch
 weights = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-with open(sys.argv[2], "wb") as file:
-    numpy.savez(file, **{name: array.numpy() for name, array in weights.items()
-                         if "_fc." not in name and "num_batches_tracked" not in name})
+numpy.savez(open(sys.argv[2], "wb"), **weights)
 """
 
 
 def _lite0_file() -> Path:
     """EfficientNet-Lite0's weights as .npz, converted once from the package's .pth and kept in the cache."""
     converted = paths.cache_dir() / "weights" / "efficientnet-lite0.npz"
-    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(converted) as content:
-        if content.testzip() is None:  # every array is as it was written, by its CRC-32
-            return converted
-    source = imagenet.lite0_file()
-    with disk.atomic(converted) as beside:
-        command = [sys.executable, "-c", CONVERT, str(source), str(beside)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise WeightsError(f"{source} cannot be converted with PyTorch ({reason}). Install torch.")
+    if not zipfile.is_zipfile(converted):  # absent, or cut short
+        source = imagenet.lite0_file()
+        with disk.atomic(converted) as beside:
+            command = [sys.executable, "-c", CONVERT, source, beside]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                reason = done.stderr.strip().rpartition("\n")[2]
+                raise WeightsError(f"{source} cannot be converted with PyTorch ({reason}). Install torch.")
     return converted
 
 

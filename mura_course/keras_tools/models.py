@@ -125,8 +125,7 @@ def transfer_head(features: int, dense_units: Sequence[int] = (), dropout: float
 
 def with_head(extractor: keras.Model, head: keras.Model) -> keras.Model:
     """Join a backbone (`backbones.extractor`) and a head, each with the weights it has, to one model."""
-    name = extractor.name.replace("features", "transfer")
-    model = keras.Model(extractor.input, head(extractor.output), name=name)
+    model = keras.Model(extractor.input, head(extractor.output), name="transfer")
     model.expected_scale = extractor.expected_scale
     return model
 
@@ -160,9 +159,8 @@ class BinaryCohenKappa(keras.metrics.Metric):
     def result(self):
         """Kappa of what was counted, a scalar."""
         fractions = self.counts / ops.sum(self.counts)
-        agreement = fractions[0, 0] + fractions[1, 1]
         chance = ops.sum(ops.sum(fractions, axis=0) * ops.sum(fractions, axis=1))
-        return (agreement - chance) / (1 - chance)
+        return (ops.trace(fractions) - chance) / (1 - chance)
 
 
 def abnormality_metrics() -> list[keras.metrics.Metric]:
@@ -172,8 +170,7 @@ def abnormality_metrics() -> list[keras.metrics.Metric]:
     `metrics.image_report` in the third decimal, and by more where nearly all probabilities are alike. It is
     there to watch a training.
     """
-    accuracy, auc = keras.metrics.BinaryAccuracy(name="accuracy"), keras.metrics.AUC(name="auc")
-    return [accuracy, auc, BinaryCohenKappa()]
+    return [keras.metrics.BinaryAccuracy("accuracy"), keras.metrics.AUC(name="auc"), BinaryCohenKappa()]
 
 
 @runs.save_model.register(keras.Model)
@@ -195,9 +192,6 @@ def load(run: runs.Run) -> keras.Model:
     try:
         model: Any = keras.saving.load_model(file, compile=False)
     except (ValueError, TypeError, RuntimeError, AttributeError, OSError) as error:
-        raise RunError(
-            f"{file} is what its run saved, but Keras {keras.__version__} cannot load it (it was saved with "
-            f"{run.info['versions']}): {error} Delete {run.folder} to train it again."
-        ) from error
+        raise RunError(f"Keras cannot load {file}. Delete {run.folder} to train it again.") from error
     model.expected_scale = run.info["expected_scale"]
     return model
