@@ -11,6 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mura_course import data, metrics, reports, weights
+from mura_course.paths import cache_dir
 
 RESULTS = Path(__file__).parent / "results" / "demo_difficulty.csv"
 AUGMENT = data.Augment(rotation=10, flip=0.5)
@@ -51,9 +53,21 @@ class SmallCNN(nn.Module):
         return self.label(pooled)[:, 0], self.part(pooled)
 
 
+def padded(index: pd.DataFrame, size: int) -> pd.DataFrame:
+    """The index of copies of the films, of this size: the film in the middle of a black square."""
+    copies = index.copy()
+    copies.attrs = index.attrs | {"root": str(cache_dir() / f"padded-{data.fingerprint(index)}-{size}")}
+    for file, copy in zip(data.image_paths(index), data.image_paths(copies), strict=True):
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(copy), data.read_image(file, size, "pad"))
+    return copies
+
+
 def batches(index: pd.DataFrame, size: int, train: bool) -> data.Batches:
     """Films padded to a square; augmented and shuffled for training."""
-    store = data.PixelStore.open_or_build(index, size, rule="pad")
+    index = padded(index, size)
+    store = data.PixelStore.open_or_build(index, size)
     part = index[index.split == ("train" if train else "test")]
     return data.Batches(
         store,
@@ -100,7 +114,8 @@ def grey(x: np.ndarray) -> torch.Tensor:
 def pretrained(index: pd.DataFrame, size: int = 224) -> tuple[pd.DataFrame, float]:
     """Logistic regressions on frozen ImageNet features; predictions and the accuracy of the body part."""
     features, sets = {}, {}
-    store = data.PixelStore.open_or_build(index, size, rule="pad")
+    index = padded(index, size)
+    store = data.PixelStore.open_or_build(index, size)
     backbone = efficientnet_lite0()
     for split in ("train", "test"):
         sets[split] = index[index.split == split]

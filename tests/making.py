@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -99,6 +100,26 @@ def make_films(root: Path, sides: tuple[int, int] = (32, 32), **options) -> pd.D
         image[20:28, 4 * where : 4 * where + 4] = 250
         cv2.imwrite(str(root / path), image)
     return index
+
+
+def smooth(seed: int, height: int, width: int) -> np.ndarray:
+    """A film-like uint8 image: smooth, so that resampling is well conditioned."""
+    coarse = np.random.default_rng(seed).random((5, 4), np.float32)
+    return (cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR) * 255).astype(np.uint8)
+
+
+def changed(file: Path, **entries) -> None:
+    """Change these entries of a JSON file, or make it."""
+    old = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(old | entries))
+
+
+def flip_byte(file: Path, place: int) -> None:
+    """Change one byte of a file, so that nothing but its content tells."""
+    info, content = file.stat(), bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
 
 
 def make_predictions(index: pd.DataFrame, signal: float = 1.0, seed: int = 0) -> pd.DataFrame:

@@ -20,8 +20,6 @@ from .batches import (
 )
 from .index import (
     BODY_PARTS,
-    COLUMNS,
-    SPLITS,
     describe,
     find_root,
     fingerprint,

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -148,8 +145,7 @@ def check_scale(expected: str, batches: object) -> None:
     scale = getattr(batches, "scale", None)
     if scale != one_of("the expected scale", expected, SCALES):
         raise DataError(
-            f"The model expects pixels scaled to {expected!r}, and these batches deliver {scale!r}. Make "
-            f'them with Batches(..., scale="{expected}").'
+            f"The model expects {expected!r}, not {scale!r}. Use Batches(..., scale={expected!r})."
         )
 
 
@@ -255,7 +251,7 @@ class Batches:
         self.set_epoch(self.epoch + 1)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, Targets]:
-        return self._batch(range(len(self))[i], np.empty)
+        return self._batch(range(len(self))[i])
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Targets]]:
         yield from self.some(range(len(self)))
@@ -263,8 +259,8 @@ class Batches:
 
     def some(self, numbers: Sequence[int]) -> Iterator[tuple[np.ndarray, Targets]]:
         """Yield the batches with these numbers, made ahead as in iterating; stays in this epoch."""
-        now, empty = copy.copy(self), _Recycler(self.workers + 4).empty
-        yield from ahead(lambda k: now._batch(numbers[k], empty), len(numbers), self.workers)
+        now = copy.copy(self)
+        yield from ahead(lambda k: now._batch(numbers[k]), len(numbers), self.workers)
 
     def _members(self, i: int) -> np.ndarray:
         """Return the rows of `index` that batch `i` of this epoch holds."""
@@ -275,11 +271,11 @@ class Batches:
         y = {name: values[members] for name, values in self._targets.items()}
         return y[self.target] if isinstance(self.target, str) else y
 
-    def _batch(self, i: int, empty: Callable) -> tuple[np.ndarray, Targets]:
-        """Batch `i` of this epoch, in memory that `empty` gives."""
+    def _batch(self, i: int) -> tuple[np.ndarray, Targets]:
+        """Batch `i` of this epoch."""
         members, size = self._members(i), self.store.size
         shape = (size, size, 3) if self.layout == "nhwc" else (3, size, size)
-        x, pixels = empty((len(members), *shape), np.float32), self.store.pixels
+        x, pixels = np.empty((len(members), *shape), np.float32), self.store.pixels
         for out, member in zip(x, members, strict=True):
             image = pixels[self._rows[member]]
             if self.augment is not None:
@@ -292,7 +288,34 @@ class Batches:
 
         ``fit`` mixes the batches of an epoch once more, unless called with ``shuffle=False``.
         """
-        return _keras_dataset(self._with_layout("nhwc"))
+        import keras
+
+        batches = copy.copy(self)
+        batches.layout = "nhwc"
+
+        class KerasBatches(keras.utils.PyDataset):
+            """`Batches` as Keras wants them: it makes them ahead in threads of its own."""
+
+            def __init__(self) -> None:
+                super().__init__(workers=max(1, batches.workers), max_queue_size=batches.workers + 2)
+                self.batches, self.scale, self.set_epoch = batches, batches.scale, batches.set_epoch
+                self._begun = False
+
+            def __len__(self) -> int:
+                return len(batches)
+
+            def __getitem__(self, i: int) -> tuple[np.ndarray, Targets]:
+                return batches[i]
+
+            def on_epoch_begin(self) -> None:
+                self._begun = True
+
+            def on_epoch_end(self) -> None:
+                if self._begun:  # Keras calls this once before the first epoch, too
+                    batches.on_epoch_end()
+                self._begun = False
+
+        return KerasBatches()
 
     def torch(self) -> Any:
         """Return a torch DataLoader, channels first, with `batches`, `scale` and `set_epoch`.
@@ -300,85 +323,23 @@ class Batches:
         Its data set has one item a batch. A sampler that is put in, as Lightning does with several devices,
         chooses among batches.
         """
-        return _torch_loader(self._with_layout("nchw"))
+        from torch.utils.data import DataLoader, default_convert
 
-    def _with_layout(self, layout: str) -> Batches:
         batches = copy.copy(self)
-        batches.layout = layout
-        return batches
+        batches.layout = "nchw"
 
+        class TorchLoader(DataLoader):
+            """Makes batches ahead in threads, in the order of its sampler; needs no processes."""
 
-class _Recycler:
-    """Arrays handed out again once nobody refers to them: fresh memory takes as long to get as to fill."""
+            def __init__(self, dataset: Any, **options: Any) -> None:
+                super().__init__(dataset, **options)
+                self.batches, self.scale, self.set_epoch = dataset, dataset.scale, dataset.set_epoch
 
-    def __init__(self, most: int) -> None:
-        self._arrays, self._lock = deque(maxlen=most), threading.Lock()
+            def __iter__(self) -> Any:
+                yield from map(default_convert, self.batches.some(list(self.sampler)))  # shares the memory
+                self.batches.on_epoch_end()
 
-    def empty(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """Return an array of any content."""
-        with self._lock:
-            for i in range(len(self._arrays)):  # no name for the array: it would be one reference more
-                if self._arrays[i].shape == shape and _references(self._arrays, i) == _IDLE:
-                    return self._arrays[i]
-            self._arrays.append(np.empty(shape, dtype))
-            return self._arrays[-1]
-
-
-def _references(arrays: deque, i: int) -> int:
-    return sys.getrefcount(arrays[i])
-
-
-_IDLE = _references(deque([np.empty(0)]), 0)  # measured, because Python versions count differently
-
-
-# --- Adapters -----------------------------------------------------------------------------------------
-
-
-def _keras_dataset(batches: Batches) -> Any:
-    """Make what `Batches.keras` returns."""
-    import keras
-
-    class KerasBatches(keras.utils.PyDataset):
-        """`Batches` as Keras wants them: it makes them ahead in threads of its own."""
-
-        def __init__(self) -> None:
-            super().__init__(workers=max(1, batches.workers), max_queue_size=batches.workers + 2)
-            self.batches, self.scale, self.set_epoch = batches, batches.scale, batches.set_epoch
-            self._begun = False
-
-        def __len__(self) -> int:
-            return len(batches)
-
-        def __getitem__(self, i: int) -> tuple[np.ndarray, Targets]:
-            return batches[i]
-
-        def on_epoch_begin(self) -> None:
-            self._begun = True
-
-        def on_epoch_end(self) -> None:
-            if self._begun:  # Keras calls this once before the first epoch, too
-                batches.on_epoch_end()
-            self._begun = False
-
-    return KerasBatches()
-
-
-def _torch_loader(batches: Batches) -> Any:
-    """Make what `Batches.torch` returns."""
-    from torch.utils.data import DataLoader, default_convert
-
-    class TorchLoader(DataLoader):
-        """Makes batches ahead in threads, in the order of its sampler; needs no processes."""
-
-        def __init__(self, dataset: Any, **options: Any) -> None:
-            super().__init__(dataset, **options)
-            self.batches, self.scale, self.set_epoch = dataset, dataset.scale, dataset.set_epoch
-
-        def __iter__(self) -> Any:
-            yield from map(default_convert, self.batches.some(list(self.sampler)))  # shares the memory
-            self.batches.on_epoch_end()
-
-    return TorchLoader(batches, batch_size=None)
+        return TorchLoader(batches, batch_size=None)
 
 
 # --- The reports' datasets ----------------------------------------------------------------------------

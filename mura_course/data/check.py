@@ -6,10 +6,10 @@ chapter explains ``mura-course check``.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
-import stat
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -20,14 +20,14 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm  # not tqdm.auto: it warns where ipywidgets are missing
 
 from .. import disk, paths
-from ..errors import DataError, DataNotFoundError, MuraError, printable
-from .index import SPLITS, few, find_root, load_index
+from ..errors import DataError, MuraError, printable
+from .index import SPLITS, demo_table, few, find_root, load_index
 
 # What `counts` gives for MURA v1.1, counted from the CSV files that Stanford published.
 MURA = pd.read_csv(Path(__file__).with_name("mura_v1.1.csv"), index_col=["split", "body_part"])
 REMEDIES = {
     "index unusable": "Solve this first: names and numbers are compared after that.",
-    "file that no CSV file names": "No chapter reads it. Remove it, or add it to the CSV files.",
+    "image that no CSV file names": "No chapter reads it. Remove it, or add it to the CSV files.",
     "number that is not MURA's": "If it should be, unpack the archive again. Else scores are not comparable.",
     "image that cannot be used": "Take it from the archive, or download it again. Demo data: render again.",
 }
@@ -60,31 +60,29 @@ def check(
 
     Notes
     -----
-    MURA is compared with the numbers that Stanford published. Where `load_index` stops, its message is the
-    one problem of the CSV files; names and numbers are compared once it is solved.
+    MURA is compared with the numbers that Stanford published, demo films with the hashes in ``manifest.csv``.
+    Where `load_index` stops, its message is the one problem of the CSV files; names and numbers are compared
+    once it is solved.
     """
-    root, found = find_root(root), {}
-    there = _files(root)
-    films = {path for path in there if path.lower().endswith(".png")}
+    root, found, sums = find_root(root), {}, {}
+    there = {f.relative_to(root).as_posix() for top in SPLITS for f in (root / top).rglob("[!.]*.png")}
     try:
         index = load_index(root, quiet=True)
+        if index.attrs["name"] == "MURA-demo":  # films without their text are others, and have no such file
+            sums = demo_table(index, "manifest.csv", ["path", "sha256"])["sha256"].to_dict()
     except MuraError as error:
         found["index unusable"] = [str(error)]
     else:
-        found["file that no CSV file names"] = sorted(there - set(index["path"]))
+        found["image that no CSV file names"] = sorted(there - set(index["path"]))
         found["number that is not MURA's"] = [] if index.attrs["is_demo"] else _differences(index)
-        films |= set(index["path"])
-    names = sorted(films)
+        there |= set(index["path"])
+    names = sorted(there)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        verdicts = pool.map(lambda path: judge(root / path), names)
+        verdicts = pool.map(lambda path: judge(root / path, sums.get(path)), names)
         bar = tqdm(verdicts, "Opening images", len(names), leave=False, unit="image", disable=not progress)
         broken = [f"{path}: {verdict}" for path, verdict in zip(names, bar, strict=True) if verdict]
     found["image that cannot be used"] = broken
-    rows = [
-        (problem, len(items), [printable(item) for item in items[:5]], REMEDIES[problem])
-        for problem, items in found.items()
-        if items
-    ]
+    rows = [(problem, len(items), items[:5], REMEDIES[problem]) for problem, items in found.items() if items]
     table = pd.DataFrame(rows, columns=["problem", "count", "examples", "remedy"])
     table.attrs = {"root": str(root), "images": len(names)}
     return table
@@ -94,8 +92,7 @@ def report(table: pd.DataFrame) -> str:
     """Put the table of `check` into words, safe for a terminal."""
     lines = [f"Opened {table.attrs['images']:,} images in {paths.short_path(table.attrs['root'])}."]
     for problem, count, examples, remedy in table.itertuples(index=False):
-        more = f"\n  ... and {count - len(examples):,} more" if count > len(examples) else ""
-        lines.append(f"{problem}: {count:,}{few(examples)}{more}\n  What to do: {remedy}")
+        lines.append(f"{problem}: {count:,}{few(examples)}\n  What to do: {remedy}")
     return printable("\n\n".join(lines if len(table) else [*lines, "All is well."]))
 
 
@@ -115,25 +112,20 @@ def counts(index: pd.DataFrame) -> pd.DataFrame:
 
 
 def _differences(index: pd.DataFrame) -> list[str]:
-    held = counts(index).to_dict("index")
+    """Say which cells of the table of `counts` are not MURA's."""
+    cells: Any = pd.DataFrame({"held": counts(index).stack(), "published": MURA.stack()})
+    wrong = cells[cells["held"].ne(cells["published"])]
     return [
-        f"{' '.join(map(str, cell))}: {held[cell][what]:,} {what} instead of {wants:,}"
-        for cell, row in MURA.to_dict("index").items()
-        for what, wants in row.items()
-        if held[cell][what] != wants
+        f"{' '.join(place)}: {held:,} instead of {wanted:,}" for place, held, wanted in wrong.itertuples()
     ]
 
 
-def _files(root: Path) -> set[str]:
-    """Return the paths of the files below train and valid, except what operating systems leave there."""
-    files = (file for top in SPLITS for file in (root / top).rglob("[!.]*") if file.is_file())
-    return {f.relative_to(root).as_posix() for f in files if f.name not in ("Thumbs.db", "desktop.ini")}
-
-
-def judge(file: Path) -> str:
-    """Return what is wrong with an image file, "" for nothing: first its checksums, then its pixels."""
+def judge(file: Path, sha256: str | None = None) -> str:
+    """Return what is wrong with an image file, "" for nothing: of its hash, its checksums, its pixels."""
     try:
         content = io.BytesIO(disk.read_bytes(file))
+        if sha256 and hashlib.sha256(content.getvalue()).hexdigest() != sha256:
+            return "not the film that was rendered"
         with Image.open(content, formats=["PNG"]) as image:
             image.verify()  # checksums alone
         with Image.open(content, formats=["PNG"]) as image:
@@ -162,27 +154,26 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
 
     Raises
     ------
-    DataNotFoundError
-        There is no such file.
     DataError
-        It is no zip file, damaged or encrypted, holds no data in MURA's layout, or a path or link that leads
-        outside, or a file twice; nothing is written then. Or the folder exists already.
+        It is missing or no zip file, damaged or encrypted, holds no data in MURA's layout, or a path that
+        leads outside; nothing is written then. Or the folder exists already.
     DiskError
         No room, or no permission.
+
+    Notes
+    -----
+    `zipfile` makes no links and no devices: what an archive calls so becomes a small ordinary file.
     """
     archive = paths.absolute(archive)
     target = (paths.absolute(out) if out else archive.parent) / archive.stem
-    if not archive.is_file():
-        raise DataNotFoundError(f"The archive {archive} does not exist. Correct its path.")
     if os.path.lexists(target):
         raise DataError(f"{target} exists already. Check it, or unpack elsewhere: --out FOLDER.")
     try:
-        with zipfile.ZipFile(archive) as packed:
-            _refuse_unsafe(archive, packed)
-            with disk.atomic(target, "") as beside:
-                disk.require_room(beside.parent, sum(info.file_size for info in packed.infolist()), "")
-                for info in tqdm(packed.infolist(), "Unpacking", leave=False, unit="file"):
-                    packed.extract(info, beside)
+        with zipfile.ZipFile(archive) as packed, disk.atomic(target, "") as beside:
+            _refuse_unsafe(archive, packed.namelist())
+            disk.require_room(beside.parent, sum(info.file_size for info in packed.infolist()), "")
+            for info in tqdm(packed.infolist(), "Unpacking", leave=False, unit="file"):
+                packed.extract(info, beside)
     except MuraError:
         raise
     except Exception as error:  # zipfile raises many kinds on damage
@@ -190,21 +181,10 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
     return find_root(target)
 
 
-def _refuse_unsafe(archive: Path, packed: zipfile.ZipFile) -> None:
+def _refuse_unsafe(archive: Path, names: list[str]) -> None:
     """Raise DataError, before anything is written, unless the names in the archive are safe, and MURA's."""
-    seen: set[str] = set()
-    for info in packed.infolist():
-        name, parts = info.filename, PurePosixPath(info.filename).parts
-        place = "/".join(parts).lower()  # on some systems, upper and lower case name the same file
-        if name.startswith("/") or {"..", *"\\:"} & {*parts, *name} or not name.isprintable():
-            problem = "leads out of the folder"
-        elif stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            problem = "is a link or a device"
-        elif place in seen:
-            problem = "stands there twice"
-        else:
-            seen.add(place)
-            continue
-        raise DataError(f"{archive}: {name!r} {problem}; nothing was unpacked. Download it again.")
-    if not any(re.search(r"(^|/)train(_image_paths\.csv$|/xr_)", place) for place in seen):
+    for name in names:
+        if name.startswith("/") or {"..", *"\\:"} & {*PurePosixPath(name).parts, *name}:
+            raise DataError(f"{archive}: {name!r} leads out of the folder. Download the archive again.")
+    if not any(re.search(r"(^|/)train(_image_paths\.csv$|/XR_)", name) for name in names):
         raise DataError(f"{archive} holds no data in MURA's layout. Name the archive that you downloaded.")

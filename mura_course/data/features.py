@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -24,31 +24,14 @@ from .store import cached_array
 FORMAT = 2  # part of a key: raise it when what `Batches` makes of an image changes
 
 
-class Extractor(Protocol):
-    """What `extract` wants of a backbone, whichever framework it is made of.
+Extractor: TypeAlias = Any
+"""What `extract` wants of a backbone, whichever framework it is made of: it is called with images, float32 as
+its `scale` and `layout` say, and gives features, float32 (len(x), dim).
 
-    Attributes
-    ----------
-    name, digest : str
-        Of the architecture and of its weights (`digest_of`).
-    size : int or None
-        Side in pixels that it takes; None: any.
-    dim : int
-        How many features it gives.
-    scale, layout : str
-        As `Batches` has them.
-    """
-
-    name: str
-    digest: str
-    size: int | None
-    dim: int
-    scale: str
-    layout: str
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Images, float32 as `scale` and `layout` say -> features, float32 (len(x), dim)."""
-        ...
+Its attributes: `name` and `digest` (str) of the architecture and of its weights (`digest_of`); `size` (int or
+None), the side in pixels that it takes, None for any; `dim` (int), how many features it gives; `scale` and
+`layout` (str), as `Batches` has them.
+"""
 
 
 def digest_of(arrays: Iterable[np.ndarray]) -> str:
@@ -72,7 +55,7 @@ class FeatureBatches(Batches):
         vars(self).update(vars(of), scale=None, workers=1)
         self.views = views
 
-    def _batch(self, i: int, empty: Callable) -> tuple[np.ndarray, Targets]:
+    def _batch(self, i: int) -> tuple[np.ndarray, Targets]:
         members = self._members(i)
         return self.views[self.epoch % len(self.views)][members], self.targets(members)
 
@@ -120,12 +103,12 @@ def _view(extractor: Extractor, batches: Batches, number: int, progress: bool) -
     """One cached array, float32 (len(batches.index), dim)."""
     augment, rows = batches.augment, batches.index["path"].tolist()
     changes = [repr(augment), batches.seed, number] if augment else None
-    about = {"backbone": extractor.name, "weights": extractor.digest, "pixels": batches.store.folder.name}
-    key = [FORMAT, about, extractor.scale, extractor.layout, extractor.dim, changes, rows]
+    backbone = [extractor.name, extractor.digest, extractor.scale, extractor.layout, extractor.dim]
+    key = [FORMAT, backbone, batches.store.folder.name, changes, rows]
     name = f"{extractor.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     file = paths.cache_dir() / "features" / name / "features.npy"
     blocks = _compute(extractor, batches, number, progress)
-    return cached_array(file, (len(rows), extractor.dim), np.float32, about, blocks)
+    return cached_array(file, (len(rows), extractor.dim), np.float32, blocks)
 
 
 def _compute(extractor: Extractor, batches: Batches, number: int, progress: bool) -> Iterator[np.ndarray]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,7 @@ def _root_below(folder: Path, source: str) -> Path:
     if not found:
         problem = "is a file" if folder.is_file() else "holds no data in MURA's layout"
         problem = problem if folder.exists() else "does not exist"
-        raise DataNotFoundError(
-            f"{folder} ({source}) {problem}. Name the folder that the archive was unpacked into: "
-            "train_image_paths.csv lies there, or one or two folders down."
-        )
+        raise DataNotFoundError(f"{folder} ({source}) {problem}. Name the folder of train_image_paths.csv.")
     if len(found) > 1:
         raise DataError(f"{folder} ({source}) holds {len(found)} data sets. Name one of them:{few(found)}")
     return found[0]
@@ -105,9 +103,8 @@ def _candidates(folder: Path) -> list[Path]:
     level = [folder]
     for _ in range(3):
         # A folder with images but no CSV file counts: then the error can name the file that is missing.
-        if found := [
-            f for f in level if (f / "train_image_paths.csv").is_file() or any(f.glob("train/XR_*"))
-        ]:
+        found = [f for f in level if [*f.glob("train_image_paths.csv"), *f.glob("train/XR_*")]]
+        if found:
             return found
         inner = (f for place in level for f in place.glob("[!._]*") if f.suffix != ".partial")
         level = sorted(f for f in inner if f.is_dir())
@@ -139,7 +136,7 @@ def load_index(root: str | os.PathLike | None = None, *, quiet: bool = False) ->
     Raises
     ------
     DataNotFoundError
-        A folder, a CSV file or images are missing.
+        The folder or images are missing.
     DataError, DiskError
         A file is wrong. Every message names the file and the remedy.
     """
@@ -185,14 +182,12 @@ def _read_side(root: Path, folder: str, split: str) -> pd.DataFrame:
     # The sign is left out of the key: one study cannot be both positive and negative.
     twice = studies.duplicated(["body_part", "patient_folder", "study_name"], keep=False)
     _refuse(label_file, studies, twice, "a study is listed more than once")
-    unlabelled = ~images["folder"].isin(studies["folder"])
-    _refuse(image_file, images, unlabelled, f"a study has no label in {label_file.name}")
-    files = list_files(root, images["folder"].unique().tolist())
+    _refuse(image_file, images, ~images["folder"].isin(studies["folder"]), f"no label in {label_file.name}")
+    files = list_files(root, images["folder"].unique())
     images["path"] = images["folder"] + "/" + images["image"]
     remedy = "Unpack the archive again, or take these lines out."
     _refuse(image_file, images, ~images["path"].isin(list(files)), "images absent", remedy, DataNotFoundError)
-    twice = images.duplicated("path", keep=False)
-    _refuse(image_file, images, twice, "an image is listed more than once")
+    _refuse(image_file, images, images.duplicated("path", keep=False), "an image is listed more than once")
     images["bytes"] = [files[path].st_size for path in images["path"]]
     images["study"] = images["body_part"] + "/" + images["patient_folder"] + "/" + images["study_name"]
     images["label"] = images["sign"].eq("positive")
@@ -204,10 +199,8 @@ def _parse(file: Path, pattern: str, folder: str, ending: str) -> pd.DataFrame:
     try:
         text = disk.read_bytes(file, most=1 << 30).decode("utf-8-sig")  # Excel writes a byte order mark
     except (OSError, UnicodeError) as error:
-        kind = DataError if file.exists() else DataNotFoundError
         reason = getattr(error, "strerror", None) or error
-        remedy = f"It lies beside the folders train and valid. {ORIGINAL}"
-        raise kind(f"{file} cannot be read ({reason}). {remedy}") from error
+        raise DataError(f"{file}, beside train and valid, cannot be read ({reason}). {ORIGINAL}") from error
     lines = pd.Series(text.replace("\\", "/").replace('"', "").splitlines(), dtype="str").str.strip()
     lines.index += 1
     lines = lines[lines.ne("") & ~lines.str.contains(r"(?:^|/)(?:\._|__MACOSX/)")]
@@ -232,21 +225,17 @@ def _refuse(
         raise error(f"{file}: {len(lines):,} lines: {problem}. {remedy}{few(lines)}")
 
 
-def list_files(root: Path, folders: Sequence[str]) -> dict[str, os.stat_result]:
+def list_files(root: Path, folders: Iterable[str]) -> dict[str, os.stat_result]:
     """Return size and time of every ordinary file in these `folders` below `root`, by its path there."""
+    files = {}
 
-    def listed(some: Sequence[str]) -> dict[str, os.stat_result]:
-        found = {}
-        for folder in some:
-            with contextlib.suppress(OSError), os.scandir(root / folder) as entries:  # else: images absent
-                start = f"{folder}/" if folder else ""
-                found |= {start + entry.name: entry.stat() for entry in entries if entry.is_file()}
-        return found
+    def look(folder: str) -> None:
+        with contextlib.suppress(OSError), os.scandir(root / folder) as entries:  # else: images absent
+            files.update({f"{folder}/{e.name}".lstrip("/"): e.stat() for e in entries if e.is_file()})
 
-    # Eight at a time: on a network drive each listing waits for the network.
-    with ThreadPoolExecutor(8) as pool:
-        parts = list(pool.map(listed, [folders[n::8] for n in range(8)]))
-    return {path: info for part in parts for path, info in part.items()}
+    with ThreadPoolExecutor(8) as pool:  # on a network drive each listing waits for the network
+        list(pool.map(look, folders))
+    return files
 
 
 def few(items: Collection, shown: int = 5) -> str:
@@ -283,10 +272,8 @@ def fingerprint(index: pd.DataFrame) -> str:
     DataError
         `index` has lost its ``attrs``, as some operations of pandas do.
     """
-    if lost := {"name", "content"} - index.attrs.keys():
-        raise DataError(
-            f"The index has lost its attrs ({', '.join(sorted(lost))}): index.attrs = before.attrs."
-        )
+    if not {"name", "content"} <= index.attrs.keys():
+        raise DataError("The index has lost its attrs. Copy them: index.attrs = before.attrs.")
     rows = index["path"].astype(str) + "\t" + index["split"].astype(str) + "\t" + index["label"].astype(str)
     return _hash([index.attrs["name"], index.attrs["content"], *rows])[:12]
 
@@ -305,11 +292,9 @@ def pixel_key(index: pd.DataFrame) -> str:
         Images of the index are absent.
     """
     root, names = Path(index.attrs["root"]), sorted(set(index["path"]))
-    files = list_files(root, sorted({name.rpartition("/")[0] for name in names}))
+    files = list_files(root, {name.rpartition("/")[0] for name in names})
     if absent := [name for name in names if name not in files]:
-        raise DataNotFoundError(
-            f"{root}: {len(absent):,} images are absent. Put them back, or load the index again.{few(absent)}"
-        )
+        raise DataNotFoundError(f"{root}: {len(absent):,} images are absent. Put them back.{few(absent)}")
     rows = (f"{name}\t{files[name].st_size}\t{files[name].st_mtime_ns}" for name in names)
     return _hash([str(root), *rows])
 
@@ -328,12 +313,18 @@ def load_truth(index: pd.DataFrame) -> pd.DataFrame:
     DataError
         The data are MURA, whose findings nobody has drawn, or ``truth.csv`` does not fit the index.
     """
-    file = Path(index.attrs["root"], "truth.csv")
     if not index.attrs["is_demo"]:
         raise DataError(f"{index.attrs['name']} has no truth.csv: only demo data know their findings.")
+    return demo_table(index, "truth.csv")
+
+
+def demo_table(index: pd.DataFrame, name: str, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read these `columns` (all) of a CSV file of demo data: a row for each image of `index`, by ``path``."""
+    file = Path(index.attrs["root"], name)
     try:
-        truth = pd.read_csv(file, keep_default_na=False, na_values=[""]).drop_duplicates("path")
-        return truth.set_index("path").loc[index["path"]]
+        content = io.BytesIO(disk.read_bytes(file))
+        table = pd.read_csv(content, usecols=columns, keep_default_na=False, na_values=[""])
+        return table.drop_duplicates("path").set_index("path").loc[index["path"]]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{file} cannot be used ({error}). {RENDER}") from error
 

@@ -65,10 +65,8 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
         sides.sort(key=lambda rows: abs(len(rows) * part.denominator - len(train)))
         dev = [row for rows in sides[: part.numerator] for row in rows]
     if not 0 < len(dev) < len(train):
-        raise DataError(
-            f"{len(train):,} train images of {train['patient'].nunique():,} patients are too few for "
-            f"{part.denominator} folds with all body parts and labels. Take more data, or another fraction."
-        )
+        held = f"{len(train):,} train images of {train['patient'].nunique():,} patients"
+        raise DataError(f"{held} are too few for {part.denominator} folds. Take more, or another fraction.")
     in_dev = index["path"].isin(train["path"].iloc[dev])
     return index.assign(split=index["split"].mask(in_dev, "dev"))
 

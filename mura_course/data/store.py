@@ -6,7 +6,6 @@ hash of its content (`cached_array`), whole or not at all. Imports no framework.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -24,7 +23,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .. import disk, paths
-from ..errors import DataError, DiskError, one_of
+from ..errors import DataError, DiskError
 from .index import few, pixel_key
 
 FORMAT = 2  # part of a store's key: raise it when what `read_image` returns changes
@@ -108,9 +107,7 @@ def _resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
 # --- An array on disk, with its hash ------------------------------------------------------------------
 
 
-def cached_array(
-    file: Path, shape: tuple[int, ...], dtype: type, about: dict, blocks: Iterator[np.ndarray]
-) -> np.ndarray:
+def cached_array(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndarray]) -> np.ndarray:
     """Map an array into memory, and write it first where it does not exist.
 
     Parameters
@@ -119,8 +116,6 @@ def cached_array(
         ``.npy``, in a folder of its own, whole or absent. A ``.json`` file beside it holds its SHA-256.
     shape, dtype
         Of the array.
-    about : dict
-        What else the JSON file says, for whoever looks into the folder.
     blocks : iterator of ndarray
         Its rows from first to last, C-contiguous; not begun where the array exists.
 
@@ -136,24 +131,19 @@ def cached_array(
         `blocks` come through; then nothing is left of the folder.
     """
     folder = file.parent
-    if not folder.exists():
-        with disk.lock(folder):
-            for killed in folder.parent.glob(f".{folder.name}.*.part"):
-                disk.remove(killed)
-            if not folder.exists():
-                _write(file, shape, dtype, about, blocks)
+    with disk.lock(folder):
+        for killed in folder.parent.glob(f".{folder.name}.*.part"):
+            disk.remove(killed)
+        if not folder.exists():
+            _write(file, shape, dtype, blocks)
     remedy = f"Delete the folder {folder}; it is made anew."
     sha256 = disk.read_json(file.with_suffix(".json"), remedy).get("sha256")
-    with contextlib.suppress(OSError, ValueError):
-        info = file.stat()
-        if file.is_file() and _digest(file, info.st_size, info.st_mtime_ns) == sha256:
-            return np.load(file, mmap_mode="r").view(np.ndarray)
-    raise DiskError(f"{file} is missing, or it is damaged: not what was written. {remedy}")
+    if not file.is_file() or _digest(file, file.stat().st_mtime_ns) != sha256:
+        raise DiskError(f"{file} is missing, or it is damaged: not what was written. {remedy}")
+    return np.load(file, mmap_mode="r").view(np.ndarray)
 
 
-def _write(
-    file: Path, shape: tuple[int, ...], dtype: type, about: dict, blocks: Iterator[np.ndarray]
-) -> None:
+def _write(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndarray]) -> None:
     """Write array and hash, both or neither. Not through a memory map: a full disk would end the process."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     with disk.atomic(file.parent) as beside:
@@ -164,14 +154,12 @@ def _write(
             np.lib.format.write_array_header_1_0(out, header)
             for block in blocks:
                 out.write(block.data)
-        about = about | {"sha256": disk.digest(beside / file.name)}
+        about = {"sha256": disk.digest(beside / file.name)}
         disk.write_json(beside / file.with_suffix(".json").name, about)
 
 
-@functools.cache
-def _digest(file: Path, size: int, changed: int) -> str:
-    """Return the hash of this version of a file, computed once a process."""
-    return disk.digest(file)
+# The hash of this version of a file, computed once a process.
+_digest = functools.cache(lambda file, changed: disk.digest(file))
 
 
 def ahead(make: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
@@ -218,9 +206,7 @@ class PixelStore:
     paths: pd.Index = field(repr=False, compare=False)
 
     @classmethod
-    def open_or_build(
-        cls, index: pd.DataFrame, size: int, workers: int = 0, progress: bool = True, rule: str = "squash"
-    ) -> PixelStore:
+    def open_or_build(cls, index: pd.DataFrame, size: int, workers: int = 0, progress: bool = True) -> Self:
         """Open the store of these images, or build it where there is none.
 
         Parameters
@@ -233,8 +219,6 @@ class PixelStore:
             Threads that decode; 0: one a core.
         progress : bool
             Show a progress bar.
-        rule : {"squash", "pad"}
-            As in `resize`.
 
         Returns
         -------
@@ -248,16 +232,15 @@ class PixelStore:
         DiskError
             No room, no permission, or a damaged store (its hash is checked once a process).
         """
-        one_of("rule", rule, ("squash", "pad"))
         if size < 1 or index.empty or not {"name", "root"} <= index.attrs.keys():
             what = f"{len(index)} images of size {size}"
             raise DataError(f"No store of {what}: pass an index, as load_index makes it, and a size above 0.")
         key = hashlib.sha256(f"{FORMAT} {pixel_key(index)}".encode()).hexdigest()[:12]
-        folder = paths.cache_dir() / "pixels" / f"{index.attrs['name']}-{size}-{rule}-{key}"
+        folder = paths.cache_dir() / "pixels" / f"{index.attrs['name']}-{size}-{key}"
         images = pd.Index(index["path"].unique()).sort_values()
         store = cls(folder, paths.absolute(index.attrs["root"]), size, len(images), images)
-        about, blocks = {"root": str(store.root), "rule": rule}, store._decode(rule, workers, progress)
-        cached_array(folder / "pixels.npy", (store.images, size, size), np.uint8, about, blocks)
+        films = store._decode(workers, progress)
+        cached_array(folder / "pixels.npy", (len(images), size, size), np.uint8, films)
         return store
 
     @property
@@ -286,29 +269,24 @@ class PixelStore:
         root, rows = index.attrs.get("root", self.root), self.paths.get_indexer(pd.Index(index["path"]))
         if paths.absolute(root) != self.root or (rows < 0).any():
             first = index["path"].iloc[int(rows.argmin())]
-            raise DataError(
-                f"The store of {self.root} lacks {(rows < 0).sum():,} images of {root}, e.g. {first}. "
-                "Open the store of these data: PixelStore.open_or_build(index, size)."
-            )
+            what = f"The store of {self.root} lacks {(rows < 0).sum():,} images of {root}, e.g. {first}."
+            raise DataError(f"{what} Open their own: PixelStore.open_or_build(index, size).")
         return rows
 
-    def _decode(self, rule: str, workers: int, progress: bool) -> Iterator[np.ndarray]:
+    def _decode(self, workers: int, progress: bool) -> Iterator[np.ndarray]:
         """Decode image after image; those that fail are listed in one error after the last."""
         failed: list[str] = []
 
         def read(row: int) -> np.ndarray:
             file = self.root / self.paths[row]
             try:
-                return read_image(file, self.size, rule)
+                return read_image(file, self.size)
             except (DataError, OSError, cv2.error) as error:
                 failed.append(f"{file}: {getattr(error, 'strerror', None) or error}")
                 return np.zeros((self.size, self.size), np.uint8)
 
         images = ahead(read, self.images, workers or os.cpu_count() or 1)
-        title = f"Decoding {self.root.name} at {self.size} px"
-        yield from tqdm(images, title, self.images, unit="image", leave=False, disable=not progress)
+        yield from tqdm(images, "Decoding", self.images, unit="image", leave=False, disable=not progress)
         if failed:
-            raise DataError(
-                f"{len(failed):,} of {self.images:,} images cannot be read. Restore them from the archive, "
-                f"or leave their rows out of the index:{few(sorted(failed))}"
-            )
+            what = f"{len(failed):,} of {self.images:,} images cannot be read. Restore them from the archive"
+            raise DataError(f"{what}, or leave their rows out of the index:{few(sorted(failed))}")

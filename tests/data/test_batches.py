@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import BODY_PARTS, make_films
+from making import BODY_PARTS, make_films, smooth
 from scipy import ndimage
 
 from mura_course import data
@@ -30,12 +29,6 @@ def index(tmp_path_factory) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def store(index) -> PixelStore:
     return PixelStore.open_or_build(index, SIZE, progress=False)
-
-
-def smooth(seed: int, height: int, width: int) -> np.ndarray:
-    """A film-like uint8 image: smooth, so that resampling is well conditioned."""
-    coarse = np.random.default_rng(seed).random((5, 4), np.float32)
-    return (cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR) * 255).astype(np.uint8)
 
 
 def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
@@ -149,6 +142,17 @@ def test_lengths_ends_and_last_batches(index, store):
     assert len(batches) == 4 and len(batches[-1][1]) == 2
     with pytest.raises(IndexError):
         batches[4]
+    with pytest.raises(DataError, match="20 images make no batch of 21"):
+        Batches(store, index, 21, drop_last=True)
+
+
+def test_the_scale_that_a_model_expects_is_compared(index, store):
+    for expected, found, message in (
+        ("-1..1", Batches(store, index), "'-1..1', not '0..1'"),
+        ("0..1", [], "None"),
+    ):
+        with pytest.raises(DataError, match=message):
+            data.check_scale(expected, found)
 
 
 def test_targets(index, store):
@@ -160,48 +164,13 @@ def test_targets(index, store):
     assert np.array_equal(both["body_part"], parts) and both["label"].tolist() == index["label"].tolist()
 
 
-WRONG = (
-    ({"target": "finding"}, "target must be one of 'label', 'body_part'"),
-    ({"scale": "0-1"}, "scale must be one of '0..1'"),
-    ({"layout": "hwc"}, "layout must be one of"),
-    ({"batch_size": 0}, "20 images make no batch of 0"),
-    ({"batch_size": 21, "drop_last": True}, "20 images make no batch of 21"),
-)
-
-
-def test_wrong_options_and_scales_are_refused(index, store):
-    for options, message in WRONG:
-        with pytest.raises(DataError, match=message):
-            Batches(store, index, **options)
-    batches = Batches(store, index, scale="0..1")
-    for expected, found, message in (("-1..1", batches, "'-1..1'.*'0..1'"), ("0..1", [], "None")):
-        with pytest.raises(DataError, match=message):
-            data.check_scale(expected, found)
-
-
-# --- Threads and memory -------------------------------------------------------------------------------
-
-
-def test_batches_that_are_kept_or_seen_through_views_are_never_overwritten(index, store):
-    options = {"batch_size": 2, "augment": KL_AUGMENT, "workers": 3}
-    views = [x[1:, ::2] for x, _ in Batches(store, index, **options)]
-    again = Batches(store, index, **options)
-    assert same(views, [again[i][0][1:, ::2] for i in range(10)])
-
-
-def test_memory_that_nobody_holds_is_used_again(index, store):
-    many = pd.concat([index] * 12)
-    places = {x.ctypes.data for x, _ in Batches(store, many, batch_size=6, workers=2)}
-    assert len(places) <= 6  # of 40 batches
-
-
 def test_errors_come_through_and_threads_end_with_the_loop(index, store, monkeypatch):
     original, before = Batches._batch, threading.active_count()
 
-    def fail(self, i, empty):
+    def fail(self, i):
         if i == 7:
             raise RuntimeError("seventh")
-        return original(self, i, empty)
+        return original(self, i)
 
     monkeypatch.setattr(Batches, "_batch", fail)
     batches, seen = Batches(store, index, batch_size=1, workers=3), 0

@@ -1,6 +1,5 @@
 """Finding the data and reading their index: every variation in circulation, every error."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from making import STUDIES, make_films, make_index, write_mura
+from making import STUDIES, changed, make_films, make_index, write_mura
 
 from mura_course import data
 from mura_course.data import index as index_module
@@ -54,7 +53,7 @@ def expected_rows() -> list[tuple]:
 
 def test_the_index_of_a_small_data_set(mura_folder):
     index = data.load_index(mura_folder())
-    assert tuple(index.columns) == data.COLUMNS and rows_of(index) == expected_rows()
+    assert tuple(index.columns) == index_module.COLUMNS and rows_of(index) == expected_rows()
     assert isinstance(index.index, pd.RangeIndex)
     assert list(index["body_part"].cat.categories) == list(data.BODY_PARTS)
     assert {str(index[name].dtype) for name in ("patient", "view", "label")} == {"int64"}
@@ -158,39 +157,21 @@ def test_the_variable_is_named_where_it_is_wrong(tmp_path, monkeypatch):
         data.load_index()
 
 
-def swap(old: str, new: str):
-    """A change of lines: replace `old` by `new` in the first line that holds it."""
-
-    def change(lines):
-        at = next(i for i, line in enumerate(lines) if old in line)
-        return [*lines[:at], lines[at].replace(old, new), *lines[at + 1 :]]
-
-    return change
-
-
 PATHS, LABELS = "train_image_paths", "train_labeled_studies"
 
 
+# What else may be wrong with a CSV file is in the table of bad inputs.
 @pytest.mark.parametrize("file, change, message", [
     (PATHS, lambda lines: ["Img_Path"], "is empty"),
-    (PATHS, swap("image2.png", "image2.gif"), "malformed.*line 2: .*image2.gif"),
-    (PATHS, swap("patient00012", "patientX"), "malformed.*patientX"),
-    (PATHS, swap("MURA-v1.1/train", "MURA-v1.1/valid"), "malformed.*line 1: .*valid/"),
-    (PATHS, swap("/patient00011/", "/patient00011/../patient1/"), r"malformed.*\.\./"),
     (PATHS, lambda lines: [*lines, "the end"], "malformed.*line 11: the end"),
-    (LABELS, swap("XR_HAND", "XR_Hand"), "malformed.*XR_Hand"),
-    (LABELS, swap(",1", ",0"), "contradicts its folder name.*line 1: .*study1_positive/,0"),
-    (LABELS, lambda lines: [*lines, lines[2]], "listed more than once.*line 3.*line 7"),
+    (PATHS, lambda lines: [x.replace("/train/", "/valid/") for x in lines], "malformed.*line 1: .*valid/"),
     (LABELS, lambda lines: [*lines, lines[0].replace("positive/,1", "negative/,0")], "a study is listed"),
     (PATHS, lambda lines: [*lines, lines[0]], "an image is listed more than once.*line 1.*line 11"),
 ])  # fmt: skip
-def test_a_wrong_csv_file(mura_folder, file, change, message):
+def test_a_wrong_csv_file_is_named_with_its_lines(mura_folder, file, change, message):
     file = edit(mura_folder(), file, change)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=rf"(?s){file}.*{message}"):
         data.load_index(file.parent)
-    text = str(error.value)
-    assert re.search(message, text, re.DOTALL) and str(file.parent) in text and file.name in text
-    assert index_module.ORIGINAL in text
 
 
 def test_absent_images_are_counted_and_the_first_five_listed(mura_folder):
@@ -271,28 +252,22 @@ def test_a_truth_that_does_not_fit_the_index(mura_folder, content):
         data.load_truth(data.load_index(root))
 
 
-def changed(file: str, **entries):
+def entries(file: str, **values):
     """A change of a data folder: these entries of one of its JSON files."""
-
-    def change(root: Path) -> None:
-        path = root / file
-        old = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(old | entries))
-
-    return change
+    return lambda root: changed(root / file, **values)
 
 
-REMOVED = changed("removed_text.json", detector="strokes", versions={"opencv": "4.8"})
+REMOVED = entries("removed_text.json", detector="strokes", versions={"opencv": "4.8"})
 
 
 @pytest.mark.parametrize("changes", [
-    [changed("manifest.json", recipe=99)],
-    [changed("manifest.json", seed=1)],
-    [changed("manifest.json", long_side=64)],
-    [changed("manifest.json", text=False)],
+    [entries("manifest.json", recipe=99)],
+    [entries("manifest.json", seed=1)],
+    [entries("manifest.json", long_side=64)],
+    [entries("manifest.json", text=False)],
     [REMOVED],
-    [REMOVED, changed("removed_text.json", detector="rapidocr")],
-    [REMOVED, changed("removed_text.json", versions={"opencv": "4.9"})],
+    [REMOVED, entries("removed_text.json", detector="rapidocr")],
+    [REMOVED, entries("removed_text.json", versions={"opencv": "4.9"})],
 ])  # fmt: skip
 def test_fault_1_films_with_other_pixels_have_another_fingerprint(mura_folder, changes):
     root = mura_folder("MURA-demo", truth=True)
