@@ -35,9 +35,6 @@ def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(left, right, strict=True))
 
 
-# --- Augmentation -------------------------------------------------------------------------------------
-
-
 @settings(max_examples=80)
 @given(st.integers(0, 99), st.integers(2, 50), st.integers(2, 50), st.floats(-180, 180), st.booleans())
 def test_rotation_and_mirroring_follow_the_definition(seed, height, width, degrees, mirror):
@@ -74,8 +71,6 @@ def test_augment_draws_from_the_whole_range_and_with_each_probability(monkeypatc
     for probability, expected in ((0.4, left), (0.6, right)):
         assert np.array_equal(Augment(flip=probability)(left, np.full(3, 0.5)), expected)
 
-
-# --- Batches ------------------------------------------------------------------------------------------
 
 FORMULAS = {
     "0..1": lambda v, c: v / 255,
@@ -146,15 +141,6 @@ def test_lengths_ends_and_last_batches(index, store):
         Batches(store, index, 21, drop_last=True)
 
 
-def test_the_scale_that_a_model_expects_is_compared(index, store):
-    for expected, found, message in (
-        ("-1..1", Batches(store, index), "'-1..1', not '0..1'"),
-        ("0..1", [], "None"),
-    ):
-        with pytest.raises(DataError, match=message):
-            data.check_scale(expected, found)
-
-
 def test_targets(index, store):
     _, parts = Batches(store, index, target="body_part")[0]
     assert parts.dtype == np.int64 and [BODY_PARTS[p] for p in parts] == index["body_part"].tolist()
@@ -181,29 +167,22 @@ def test_errors_come_through_and_threads_end_with_the_loop(index, store, monkeyp
     assert seen == 7 and batches.epoch == 0 and threading.active_count() == before
 
 
-# --- The reports' datasets and the adapters -----------------------------------------------------------
-
-
-def test_the_four_datasets_of_kl_table_1(index, store):
-    sets = data.kl_datasets(index, store, seed=5, batch_size=4)
-    assert list(sets) == ["train original", "train augmented", "validation", "test"]
-    original, augmented, validation, test = sets.values()
-    assert (original.augment, augmented.augment) == (None, KL_AUGMENT)
-    assert original.shuffle and augmented.shuffle and np.array_equal(original.order, augmented.order)
-    assert {*original.index["split"]} == {*augmented.index["split"]} == {"train"}
-    assert {*validation.index["split"]} == {"dev"} and {*test.index["split"]} == {"test"}
-    assert not (validation.shuffle or test.shuffle or validation.augment or test.augment)
-    assert {(part.scale, part.batch_size) for part in sets.values()} == {("0..1", 4)}
-
-
-def test_kn_datasets(index, store):
-    sets = data.kn_datasets(index, store, batch_size=4)
-    assert list(sets) == ["train", "validation", "test"]
-    assert sets["train"].augment == KN_AUGMENT and sets["train"].shuffle
-    assert all(part.scale == "imagenet" and part[0][0].shape[1:] == (3, SIZE, SIZE) for part in sets.values())
-    assert list(data.kn_datasets(index[index["split"].ne("dev")], store)) == ["train", "test"]
+def test_the_datasets_of_both_reports(index, store):
+    kl, kn = (make(index, store, seed=5, batch_size=4) for make in (data.kl_datasets, data.kn_datasets))
+    assert [(name, part.augment, part.shuffle, *set(part.index["split"])) for name, part in kl.items()] == [
+        ("train original", None, True, "train"),
+        ("train augmented", KL_AUGMENT, True, "train"),
+        ("validation", None, False, "dev"),
+        ("test", None, False, "test"),
+    ]
+    assert np.array_equal(kl["train original"].order, kl["train augmented"].order)
+    assert {(part.scale, part[0][0].shape) for part in kl.values()} == {("0..1", (4, SIZE, SIZE, 3))}
+    assert {(part.scale, part[0][0].shape) for part in kn.values()} == {("imagenet", (4, 3, SIZE, SIZE))}
+    assert list(kn) == ["train", "validation", "test"] and kn["train"].augment == KN_AUGMENT
+    undivided = index[index["split"].ne("dev")]
+    assert list(data.kn_datasets(undivided, store)) == ["train", "test"]
     with pytest.raises(DataError, match="split_dev"):
-        data.kl_datasets(index[index["split"].ne("dev")], store)
+        data.kl_datasets(undivided, store)
 
 
 @pytest.fixture
@@ -216,10 +195,9 @@ def torch():
     return torch
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_keras_sees_every_epoch_once(index, store, workers):
+def test_keras_sees_every_epoch_once(index, store):
     keras = pytest.importorskip("keras")
-    batches = Batches(store, index, 6, shuffle=True, augment=KL_AUGMENT, seed=4, workers=workers)
+    batches = Batches(store, index, 6, shuffle=True, augment=KL_AUGMENT, seed=4)
     dataset, sums = batches.keras(), []
     assert isinstance(dataset, keras.utils.PyDataset) and len(dataset) == 4
     data.check_scale("0..1", dataset)

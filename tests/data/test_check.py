@@ -14,7 +14,7 @@ from making import changed, write_mura
 
 from mura_course import cli, data, disk
 from mura_course.data import check
-from mura_course.errors import DataError, DiskError
+from mura_course.errors import DataError
 
 IMAGE = "train/XR_HAND/patient00011/study1_positive/image1.png"
 UNUSABLE, EXTRA, NUMBER, BROKEN = check.REMEDIES
@@ -51,9 +51,7 @@ def _numbers_of_the_small_data(pristine, monkeypatch):
 def found(root: Path) -> dict[str, int]:
     table = check.check(root, progress=False, workers=2)
     assert list(table.columns) == ["problem", "count", "examples", "remedy"]
-    assert all(
-        len(examples) == min(5, n) for examples, n in zip(table["examples"], table["count"], strict=True)
-    )
+    assert table["examples"].map(len).tolist() == table["count"].clip(upper=5).tolist()
     return dict(zip(table["problem"], table["count"], strict=True))
 
 
@@ -117,9 +115,8 @@ def test_whole_data_give_an_empty_table(folder, capsys):
 def leave_out(root: Path) -> None:
     for name in ("train_image_paths", "train_labeled_studies"):
         file = root / f"{name}.csv"
-        file.write_text(
-            "".join(x for x in file.read_text().splitlines(True) if "XR_ELBOW/patient00013" not in x)
-        )
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if "XR_ELBOW/patient00013" not in line))
     shutil.rmtree(root / "train/XR_ELBOW/patient00013")
 
 
@@ -197,17 +194,6 @@ def test_fault_9_a_link_that_stands_where_it_works_is_not_followed(pristine, tmp
     assert tree(victim) == {"precious": b"mine"} and not (tmp_path / "MURA-v1.1").is_symlink()
 
 
-def test_a_full_disk_is_named_and_left_clean(pristine, tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    file = make_zip(tmp_path / "MURA-v1.1.zip", pristine)
-    monkeypatch.setattr(shutil, "copyfileobj", full)
-    with pytest.raises(DiskError, match=r"MURA-v1.1 cannot be written \(No space left.*name another folder"):
-        check.extract(file)
-    assert os.listdir(tmp_path) == ["MURA-v1.1.zip"]
-
-
 UNSAFE = ("../evil.png", "a/../../evil.png", "..", "/evil.png", "..\\evil.png", "C:evil.png", "a.png:stream")
 
 
@@ -234,9 +220,7 @@ def test_what_is_no_whole_zip_file_of_mura(pristine, tmp_path):
     flags = whole.rindex(b"PK\x01\x02") + 8  # of the last entry of the directory
     encrypted = whole[:flags] + bytes([whole[flags] | 1]) + whole[flags + 1 :]
     film = (pristine / IMAGE).read_bytes()
-    (tmp_path / "cats").mkdir()
-    cats = make_zip(tmp_path / "cats.zip", tmp_path / "cats", extra={"train/cats/1.png": "x"}).read_bytes()
-    (tmp_path / "cats").rmdir()
+    cats = make_zip(tmp_path / "cats.zip", tmp_path / "none", extra={"train/cats/1.png": "x"}).read_bytes()
     file = tmp_path / "MURA-v1.1.zip"
     for content, message in [
         *[(whole[:n], "cannot be unpacked.*Download it again") for n in (0, 1, 22, 1000, len(whole) // 2)],

@@ -110,14 +110,14 @@ def test_other_weights_images_seeds_or_augmentations_have_other_features(index, 
     assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 7
 
 
-def test_a_replaced_image_has_new_features(index):
+def test_fault_7_a_replaced_image_has_new_features(index):
     before = compute(batches(index))[0][0]
     cv2.imwrite(str(Path(index.attrs["root"], index["path"][2])), np.full((32, 32), 90, np.uint8))
     after = compute(batches(index))[0][0]
     assert np.array_equal(np.flatnonzero((before != after).any(axis=1)), [2])
 
 
-def test_a_flipped_byte_of_cached_features_is_noticed(index, cache):
+def test_fault_7_a_flipped_byte_of_cached_features_is_noticed(index, cache):
     compute(batches(index))
     (file,) = cache.glob("*/features.npy")
     flip_byte(file, -5)
@@ -137,15 +137,3 @@ def test_a_backbone_of_another_size_is_refused(index):
     extractor.size = 48
     with pytest.raises(DataError, match="projection takes images of 48 px, this store holds 24 px"):
         compute(batches(index), extractor)
-
-
-def test_keras_and_torch_take_features_as_they_take_images(index):
-    keras, torch = pytest.importorskip("keras"), pytest.importorskip("torch")
-    found = compute(batches(index, shuffle=True))
-    expected = [x for x, _ in compute(batches(index, shuffle=True))]
-    dataset, loader = found.keras(), found.torch()
-    assert isinstance(dataset, keras.utils.PyDataset) and dataset.scale is None and len(dataset) == 4
-    assert np.array_equal(np.concatenate([dataset[i][0] for i in range(4)]), np.concatenate(expected))
-    seen = list(loader)
-    assert torch.equal(torch.cat([x for x, _ in seen]), torch.from_numpy(np.concatenate(expected)))
-    assert loader.batches.epoch == 1 and loader.scale is None and seen[0][1].dtype == torch.float32

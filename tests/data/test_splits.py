@@ -92,16 +92,11 @@ def test_a_patient_with_most_of_the_images_does_not_become_the_dev_set():
         assert 99_999 not in set(dev["patient"]) and 0.05 < len(dev) / len(train) < 0.15
 
 
-@pytest.mark.parametrize("rows, options, message", [
-    (lambda i: i["split"].eq("test"), {}, "0 train images of 0 patients are too few"),
-    (lambda i: i["patient"].le(2), {}, "train images of 2 patients are too few for 10 folds"),
-    (lambda i: i["patient"].le(2), {"by": "image"}, "are too few for 10 folds"),
-    (lambda i: i["patient"].gt(0), {"fraction": 1e-6}, "are too few for 1000000 folds"),
-])  # fmt: skip
-def test_too_few_images_are_not_split(rows, options, message):
+@pytest.mark.parametrize("by", ["patient", "image"])
+def test_too_few_images_are_not_split(by):
     index = random_index(200)
-    with pytest.raises(DataError, match=message):
-        data.split_dev(index[rows(index)], **options)
+    with pytest.raises(DataError, match="train images of 2 patients are too few for 10 folds"):
+        data.split_dev(index[index["patient"].le(2)], by=by)
 
 
 def test_sampled_patients_keep_all_their_images_and_the_test_set():

@@ -44,9 +44,6 @@ def file_of(index: pd.DataFrame, row: int) -> Path:
     return Path(index.attrs["root"], index["path"].iloc[row])
 
 
-# --- One image ----------------------------------------------------------------------------------------
-
-
 def weights(old: int, new: int) -> np.ndarray:
     """(new, old): how much of each old pixel goes into each new one, straight from the definitions."""
     if new < old:  # the fraction of the new pixel that the old one covers
@@ -95,9 +92,6 @@ def test_every_mode_of_file_gives_the_same_film(tmp_path):
     assert read_image(tmp_path / "colour.png", 4, channels=3)[2, 2].tolist() == [200, 100, 50]
 
 
-# --- The store ----------------------------------------------------------------------------------------
-
-
 def test_store_holds_each_image_at_its_row_for_any_order(index):
     one = build(index, workers=3)
     assert one.pixels.shape == (12, SIZE, SIZE) and not one.pixels.flags.writeable and one.images == 12
@@ -127,7 +121,7 @@ def test_other_data_are_refused(index, tmp_path):
         one.rows(other)
 
 
-def test_a_replaced_image_is_noticed_though_its_file_is_as_large(index):
+def test_fault_7_a_replaced_image_is_noticed_though_its_file_is_as_large(index):
     one, file = build(index), file_of(index, 0)
     before = one.pixels[one.rows(index)[0]].copy()
     size, time_before = file.stat().st_size, file.stat().st_mtime_ns
@@ -139,14 +133,12 @@ def test_a_replaced_image_is_noticed_though_its_file_is_as_large(index):
     assert new.folder != one.folder and np.all(new.pixels[new.rows(index)[0]] == 200) and before.std() > 0
 
 
-@pytest.mark.parametrize("place", ["the first pixel", "the last pixel", "the header"])
-def test_a_flipped_byte_of_the_stored_pixels_is_noticed(index, place):
-    file = build(index).folder / "pixels.npy"
-    flip_byte(file, {"the first pixel": 128, "the last pixel": -1, "the header": 20}[place])
+@pytest.mark.parametrize("place", [128, -1, 20])  # the first pixel, the last, the header
+def test_fault_7_a_flipped_byte_of_the_stored_pixels_is_noticed(index, place):
+    flip_byte(build(index).folder / "pixels.npy", place)
     store._digest.cache_clear()  # as in another process
-    with pytest.raises(DiskError, match=r"pixels\.npy.*damaged.*Delete the folder") as caught:
+    with pytest.raises(DiskError, match=r"pixels\.npy.*damaged.*Delete the folder"):
         build(index)
-    assert "\n" not in str(caught.value)
 
 
 DAMAGE = (None, b"", b"{", b"[]", b"\xff\xfe", b'{"sha256": 5}', b'{"sha": ""}', "a folder", "a FIFO")
@@ -154,7 +146,7 @@ DAMAGE = (None, b"", b"{", b"[]", b"\xff\xfe", b'{"sha256": 5}', b'{"sha": ""}',
 
 @pytest.mark.parametrize("name", ["pixels.json", "pixels.npy"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_small_file_or_a_fifo_gives_one_line_with_the_remedy(index, name, damage):
+def test_fault_9_a_damaged_small_file_or_a_fifo_gives_one_line_with_the_remedy(index, name, damage):
     file = build(index).folder / name
     file.unlink()
     if damage == "a folder":
@@ -169,23 +161,10 @@ def test_a_damaged_small_file_or_a_fifo_gives_one_line_with_the_remedy(index, na
     assert "\n" not in str(caught.value) and str(file.parent) in str(caught.value)
 
 
-def test_a_fifo_among_the_images_does_not_hang_the_store(index, monkeypatch):
-    file_of(index, 3).unlink()
-    os.mkfifo(file_of(index, 3))
-    with pytest.raises(DataNotFoundError, match=r"1 images are absent.*\n.*1-2\.png"):
-        build(index)
-    monkeypatch.setattr(store, "pixel_key", lambda index: "it came when the files had been listed")
-    with pytest.raises(DataError, match=r"1 of 12 images cannot be read.*\n.*1-2\.png: no ordinary file"):
-        build(index)
-
-
 def test_unreadable_images_stop_with_one_error_that_lists_them(index, cache):
-    whole = {file: file.read_bytes() for file in (file_of(index, row) for row in range(12))}
-    one = whole[file_of(index, 0)]
-    spoilt = bytearray(one)
-    spoilt[len(one) // 2] ^= 255
-    bad = (one[:40], one[: len(one) // 2], one[:-8], b"", b"text", bytes(spoilt))
-    for row, content in enumerate(bad):
+    whole = file_of(index, 0).read_bytes()
+    spoilt = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 255]) + whole[len(whole) // 2 + 1 :]
+    for row, content in enumerate((whole[:40], whole[: len(whole) // 2], whole[:-8], b"", b"text", spoilt)):
         file_of(index, row).write_bytes(content)
     with pytest.raises(DataError, match="6 of 12 images.*Restore them") as caught:
         build(index)
@@ -193,24 +172,16 @@ def test_unreadable_images_stop_with_one_error_that_lists_them(index, cache):
     assert sum(path in message for path in index["path"][:6]) == 5 and "1 more" in message
     assert "empty file" in message and "cut short" in message
     assert [file.name for file in (cache / "pixels").iterdir() if file.suffix != ".lock"] == []
-    for file, content in whole.items():
-        file.write_bytes(content)
-    one = build(index)
-    assert np.array_equal(one.pixels[one.rows(index)[4]], read_image(file_of(index, 4), SIZE)[..., 0])
 
 
-def test_a_link_where_the_build_works_is_not_followed(index, cache, tmp_path):
-    folder = build(index).folder
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "pixels.npy").write_text("mine")
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    folder.with_name(f".{folder.name}.{os.getpid()}.part").symlink_to(precious)
-    folder.with_name(f".{folder.name}.1.part").symlink_to(precious)
-    assert build(index).folder == folder and not folder.is_symlink()
-    assert (precious / "pixels.npy").read_text() == "mine" and len(list(precious.iterdir())) == 1
+def test_fault_9_a_fifo_among_the_images_does_not_hang_the_store(index, monkeypatch):
+    file_of(index, 3).unlink()
+    os.mkfifo(file_of(index, 3))
+    with pytest.raises(DataNotFoundError, match=r"1 images are absent.*\n.*1-2\.png"):
+        build(index)
+    monkeypatch.setattr(store, "pixel_key", lambda index: "it came when the files had been listed")
+    with pytest.raises(DataError, match=r"1 of 12 images cannot be read.*\n.*1-2\.png: no ordinary file"):
+        build(index)
 
 
 @pytest.mark.slow
@@ -245,7 +216,7 @@ def test_two_that_want_the_same_store_wait_for_each_other(index, monkeypatch, ca
     assert others == [first, first] and len(read) == 12 and "waiting" in capsys.readouterr().out
 
 
-def test_a_disk_without_room_or_rights_names_folder_and_variable(index, cache, monkeypatch):
+def test_a_full_disk_leaves_nothing_and_the_variable_is_named(index, cache):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # a write fails half-way, as on a full disk
     try:
@@ -254,8 +225,4 @@ def test_a_disk_without_room_or_rights_names_folder_and_variable(index, cache, m
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [file for file in (cache / "pixels").iterdir() if file.suffix != ".lock"]
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1}))
-        with pytest.raises(DiskError, match="GB are free.*MURA_CACHE"):
-            build(index)
     assert build(index).images == 12
