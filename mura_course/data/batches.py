@@ -144,9 +144,7 @@ def check_scale(expected: str, batches: object) -> None:
     """
     scale = getattr(batches, "scale", None)
     if scale != one_of("the expected scale", expected, SCALES):
-        raise DataError(
-            f"The model expects {expected!r}, not {scale!r}. Use Batches(..., scale={expected!r})."
-        )
+        raise DataError(f"The model expects {expected!r}, not {scale!r}: Batches(..., scale={expected!r}).")
 
 
 def to_float(image: np.ndarray, scale: str, layout: str, out: np.ndarray) -> None:
