@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[1]
-MOST_CODE = 2_500
+MOST_CODE = 2_860
 MOST_TESTS = 5_000
 SILENT = {
     tokenize.COMMENT,
