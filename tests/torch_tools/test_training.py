@@ -95,9 +95,9 @@ def test_a_steep_learning_rate_a_wrong_scale_and_another_models_folder_are_refus
     with pytest.raises(TrainingError, match="loss became .*Lower the learning rate, now 1e"):
         fit(model_of(), sets, tmp_path / "steep", learning_rate=1e36)
     wrong = {name: data.Batches(sets["train"].store, films, 8) for name in ("train", "validation")}
-    with pytest.raises(DataError, match="expects pixels scaled to 'imagenet'"):
+    with pytest.raises(DataError, match="expects 'imagenet', not '0..1'"):
         fit(model_of(), wrong, tmp_path)
-    with pytest.raises(DataError, match="expects pixels scaled to 'imagenet'"):
+    with pytest.raises(DataError, match="expects 'imagenet', not '0..1'"):
         training.predict(model_of(), wrong["train"])
     fit(model_of(), sets, tmp_path / "other", epochs=1)
     with pytest.raises(TrainingError, match="of another model.*Delete"):
