@@ -34,6 +34,7 @@ from .errors import MuraError, RunError
 
 VARIABLE = "MURA_RUNS"
 IDENTITY = ("name", "config", "data", "fingerprint", "is_demo", "profile", "weights")
+KEYS = (*IDENTITY, "metrics", "epochs", "seconds", "device", "versions", "model", "files", "finished")
 LIBRARIES = ("keras", "tensorflow", "torch", "torchvision", "lightning", "numpy", "pandas", "sklearn", "cv2")
 
 
@@ -344,7 +345,10 @@ def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-    return disk.read_json(folder / "run.json", f"Delete {folder} to train anew.")
+    info = disk.read_json(folder / "run.json", f"Delete {folder} to train anew.")
+    if missing := ", ".join(key for key in KEYS if key not in info):
+        raise RunError(f"{folder / 'run.json'} lacks {missing}. Delete {folder} to train anew.")
+    return info
 
 
 def _verified(folder: Path, info: dict, name: str) -> Path:

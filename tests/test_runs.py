@@ -306,3 +306,14 @@ def test_diff_pairs_by_config_and_says_what_has_no_partner(tmp_path):
     assert sorted(alone["a"].notna()) == [False, False, True]
     assert (alone["a"].isna() != alone["b"].isna()).all()
     assert set(table.index.get_level_values("item")) <= {"state", "seconds"}
+
+
+@pytest.mark.parametrize("key", ["config", "metrics", "model", "files", "finished", "fingerprint"])
+def test_a_run_json_without_a_key_is_refused_and_listed_as_unreadable(tmp_path, key):
+    folder = make(tmp_path).folder
+    info = json.loads((folder / "run.json").read_text())
+    del info[key]
+    (folder / "run.json").write_text(json.dumps(info))
+    with pytest.raises(RunError, match=rf"lacks {key}.*Delete"):
+        runs.load(folder)
+    assert runs.list_runs(tmp_path)["state"].tolist() == ["unreadable"]

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -155,14 +156,11 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
     Raises
     ------
     DataError
-        It is missing or no zip file, damaged or encrypted, holds no data in MURA's layout, or a path that
-        leads outside; nothing is written then. Or the folder exists already.
+        It is missing or no zip file, damaged or encrypted, holds no data in MURA's layout, or a link, a
+        name twice or one that leads outside; nothing is written then. Or the folder exists already.
     DiskError
         No room, or no permission.
 
-    Notes
-    -----
-    `zipfile` makes no links and no devices: what an archive calls so becomes a small ordinary file.
     """
     archive = paths.absolute(archive)
     target = (paths.absolute(out) if out else archive.parent) / archive.stem
@@ -170,7 +168,7 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
         raise DataError(f"{target} exists already. Check it, or unpack elsewhere: --out FOLDER.")
     try:
         with zipfile.ZipFile(archive) as packed, disk.atomic(target, "") as beside:
-            _refuse_unsafe(archive, packed.namelist())
+            _refuse_unsafe(archive, packed.infolist())
             disk.require_room(beside.parent, sum(info.file_size for info in packed.infolist()), "")
             for info in tqdm(packed.infolist(), "Unpacking", leave=False, unit="file"):
                 packed.extract(info, beside)
@@ -181,10 +179,18 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
     return find_root(target)
 
 
-def _refuse_unsafe(archive: Path, names: list[str]) -> None:
-    """Raise DataError, before anything is written, unless the names in the archive are safe, and MURA's."""
-    for name in names:
+def _refuse_unsafe(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Raise DataError, before anything is written, unless the archive's entries are safe, and MURA's."""
+    names: set[str] = set()
+    for entry in entries:
+        name, place = entry.filename, str(PurePosixPath(entry.filename)).lower()
+        problem = "stands in it twice" if place in names else ""
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = "is a link or a device"
         if name.startswith("/") or {"..", *"\\:"} & {*PurePosixPath(name).parts, *name}:
-            raise DataError(f"{archive}: {name!r} leads out of the folder. Download the archive again.")
-    if not any(re.search(r"(^|/)train(_image_paths\.csv$|/XR_)", name) for name in names):
+            problem = "leads out of the folder"
+        if problem:
+            raise DataError(f"{archive}: {name!r} {problem}. Download the archive again.")
+        names.add(place)
+    if not any(re.search(r"(^|/)train(_image_paths\.csv$|/xr_)", name) for name in names):
         raise DataError(f"{archive} holds no data in MURA's layout. Name the archive that you downloaded.")

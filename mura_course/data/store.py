@@ -138,9 +138,12 @@ def cached_array(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndar
             _write(file, shape, dtype, blocks)
     remedy = f"Delete the folder {folder}; it is made anew."
     sha256 = disk.read_json(file.with_suffix(".json"), remedy).get("sha256")
-    if not file.is_file() or _digest(file, file.stat().st_mtime_ns) != sha256:
-        raise DiskError(f"{file} is missing, or it is damaged: not what was written. {remedy}")
-    return np.load(file, mmap_mode="r").view(np.ndarray)
+    try:
+        if not file.is_file() or _digest(file, file.stat().st_mtime_ns) != sha256:
+            raise DiskError(f"{file} is missing, or it is damaged: not what was written. {remedy}")
+        return np.load(file, mmap_mode="r").view(np.ndarray)
+    except PermissionError as error:
+        raise DiskError(f"{file} cannot be read ({error.strerror}). Allow reading it. {remedy}") from error
 
 
 def _write(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndarray]) -> None:

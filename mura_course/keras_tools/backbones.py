@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -269,7 +270,7 @@ numpy.savez(open(sys.argv[2], "wb"), **weights)
 def _lite0_file() -> Path:
     """EfficientNet-Lite0's weights as .npz, converted once from the package's .pth and kept in the cache."""
     converted = paths.cache_dir() / "weights" / "efficientnet-lite0.npz"
-    if not zipfile.is_zipfile(converted):  # absent, or cut short
+    if not _is_whole(converted):
         source = imagenet.lite0_file()
         with disk.atomic(converted) as beside:
             command = [sys.executable, "-c", CONVERT, source, beside]
@@ -278,6 +279,15 @@ def _lite0_file() -> Path:
                 reason = done.stderr.strip().rpartition("\n")[2]
                 raise WeightsError(f"{source} cannot be converted with PyTorch ({reason}). Install torch.")
     return converted
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether every array of an .npz is as it was written, by its CRC-32."""
+    try:
+        with zipfile.ZipFile(file) as content:
+            return content.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def forward(model: keras.Model, x: np.ndarray, size: int) -> np.ndarray:

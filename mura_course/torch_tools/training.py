@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCohenKappa, MulticlassF1Score
+from torchmetrics.utilities.data import dim_zero_cat
 from tqdm import tqdm
 
 from .. import data, disk, paths, runs
@@ -42,9 +43,18 @@ OUTPUTS = {"label": 1, "body_part": PARTS, "both": 1 + PARTS}
 """What a model can learn -> how many outputs it needs for that; of "both", abnormal comes first."""
 
 
+class AUROC(BinaryAUROC):
+    """TorchMetrics', but undefined (NaN), not 0, where all images are of one class."""
+
+    def compute(self) -> torch.Tensor:
+        """Return the area under the ROC curve, a scalar."""
+        one_class = dim_zero_cat(self.target).unique().numel() < 2
+        return torch.tensor(float("nan")) if one_class else super().compute()
+
+
 def task_metrics() -> nn.ModuleDict:
     """Make what a training watches: of the label as both reports, of the body part as KN 3.3."""
-    label = {"accuracy": BinaryAccuracy(), "auc": BinaryAUROC(), "kappa": BinaryCohenKappa()}
+    label = {"accuracy": BinaryAccuracy(), "auc": AUROC(), "kappa": BinaryCohenKappa()}
     part = {"f1": MulticlassF1Score(PARTS, average="macro")}
     return nn.ModuleDict({"label": nn.ModuleDict(label), "body_part": nn.ModuleDict(part)})
 

@@ -206,12 +206,24 @@ def test_an_entry_that_leads_outside_stops_before_anything_is_written(pristine, 
     assert tree(tmp_path) == before
 
 
-def test_a_link_in_an_archive_becomes_an_ordinary_file(pristine, tmp_path):
-    link = zipfile.ZipInfo("MURA-v1.1/train/link")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    data_folder = check.extract(make_zip(tmp_path / "MURA-v1.1.zip", pristine, extra={link: "/etc/passwd"}))
-    assert (data_folder / "train/link").read_text() == "/etc/passwd"
-    assert not (data_folder / "train/link").is_symlink()
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
+def test_a_link_or_a_device_in_an_archive_is_refused(pristine, tmp_path, kind):
+    entry = zipfile.ZipInfo("MURA-v1.1/train/entry")
+    entry.external_attr = (kind | 0o777) << 16
+    file = make_zip(tmp_path / "MURA-v1.1.zip", pristine, extra={entry: "/etc/passwd"})
+    with pytest.raises(DataError, match="entry' is a link or a device.*Download"):
+        check.extract(file)
+    assert not (tmp_path / "MURA-v1.1").exists()
+
+
+def test_a_name_that_stands_twice_is_refused_also_in_other_case(pristine, tmp_path):
+    file = make_zip(tmp_path / "MURA-v1.1.zip", pristine)
+    with zipfile.ZipFile(file) as packed:
+        name = next(name for name in packed.namelist() if name.endswith(".png"))
+    with zipfile.ZipFile(file, "a") as packed:
+        packed.writestr(name.upper(), b"other pixels")
+    with pytest.raises(DataError, match="twice.*Download"):
+        check.extract(file)
 
 
 def test_what_is_no_whole_zip_file_of_mura(pristine, tmp_path):

@@ -218,3 +218,12 @@ def test_a_full_disk_leaves_nothing_and_the_variable_is_named(index, cache):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [file for file in (cache / "pixels").iterdir() if file.suffix != ".lock"]
     assert build(index).images == 12
+
+
+def test_an_array_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    index = make_films(tmp_path / "films", patients=4)
+    folder = PixelStore.open_or_build(index, 8, progress=False).folder
+    refused = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("mura_course.data.store._digest", lambda *_: (_ for _ in ()).throw(refused))
+    with pytest.raises(DiskError, match=rf"{folder.name}.*Permission denied"):
+        PixelStore.open_or_build(index, 8, progress=False)

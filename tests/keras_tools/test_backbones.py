@@ -133,3 +133,21 @@ def test_fault_10_there_is_one_class_for_weights_errors():
     package = Path(errors.__file__).parent
     holders = [file.name for file in package.rglob("*.py") if "class WeightsError" in file.read_text()]
     assert holders == ["errors.py"] and backbones.WeightsError is weights.WeightsError is WeightsError
+
+
+def test_fault_9_a_flipped_byte_in_the_converted_weights_makes_them_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MURA_CACHE", str(tmp_path))
+    made = []
+
+    def convert(command, **options):
+        np.savez(command[-1].open("wb"), a=np.arange(1000.0))
+        made.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(backbones.subprocess, "run", convert)
+    file = backbones.weights_file("EfficientNetLite0")
+    content = file.read_bytes()
+    for place in (len(content) // 3, len(content) // 2):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert np.load(backbones.weights_file("EfficientNetLite0"))["a"].tolist() == list(range(1000))
+    assert len(made) == 3

@@ -137,3 +137,14 @@ def test_lower_blocks_learn_at_lower_rates():
     assert min(of.values()) == of[id(next(model.backbone.stem.parameters()))]
     optimiser = training.Task(model, Stage(epochs=1, learning_rate=1, layer_decay=0.5)).configure_optimizers()
     assert [group["lr"] for group in optimiser.param_groups] == [0.5**i for i in range(7)]
+
+
+@pytest.mark.filterwarnings("ignore:No (negative|positive) samples")
+def test_the_auc_of_one_class_is_undefined_not_zero():
+    auc = training.task_metrics()["label"]["auc"]
+    for truth in (0, 1):
+        auc.reset()
+        auc.update(torch.rand(8), torch.full((8,), truth))
+        assert torch.isnan(auc.compute())
+    auc.update(torch.tensor([0.1, 0.9]), torch.tensor([1 - truth, truth]))
+    assert not torch.isnan(auc.compute())
