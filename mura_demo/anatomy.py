@@ -13,7 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from .bones import CARPALS, DISTAL, METACARPALS, MIDDLE, PROXIMAL, Cloud, CloudKey, load_clouds
+from .bones import (
+    CARPALS,
+    DISTAL,
+    FLAT,
+    METACARPALS,
+    MIDDLE,
+    PROXIMAL,
+    Cloud,
+    CloudKey,
+    load_clouds,
+    mineral,
+)
 from .skeleton import rotation_about, skeleton
 
 # ---------------------------------------------------------------------------------------------- body parts
@@ -106,30 +117,85 @@ def clouds(part: str, folder: Path) -> dict[str, Cloud]:
 
 
 # ------------------------------------------------------------------------------------- patients and studies
+# Where bones of the young still grow: (distance of the growth plate from the end, fraction of the bone's
+# length); positive from the upper end, negative from the lower one.
+GROWTH_PLATES = {
+    "humerus": (0.10, -0.07),
+    "radius": (0.045, -0.045),
+    "ulna": (-0.035,),
+    "1mc": (0.14,),
+    **dict.fromkeys(METACARPALS[1:], (-0.16,)),
+    **dict.fromkeys([*PROXIMAL, *MIDDLE, *DISTAL], (0.13,)),
+}
+
+
 @dataclass(frozen=True)
 class Patient:
     """What stays the same in all films of a patient; sides differ a little, as in life."""
 
     number: int
+    age: float  # years
     scale: dict[str, float]  # size of the bones, by side "L" / "R"
     density: dict[str, float]  # mineral, by side
+    cortex: float  # thickness of the cortex, as a multiple of the usual one
+    spongy: float  # amount of spongy bone, likewise
     girth: float  # soft tissue
     slender: np.ndarray  # (3,) width of the bones along local x, y, z
+    stout: tuple[float, float]  # width of shafts and of ends, as multiples
+    ulna: float  # mm that the ulna is longer or shorter than usual
     bend: np.ndarray  # (4,) amplitudes (mm) and phases of a slow bend
 
     @classmethod
     def sample(cls, seed: int, number: int) -> Patient:
-        """Draw the patient with this number in the data set with this seed."""
+        """Draw the patient with this number in the data set with this seed; the old lose bone."""
         rng = np.random.default_rng([seed, number, 0])
-        scale, density = np.clip(rng.normal(1, 0.06), 0.85, 1.15), np.clip(rng.normal(1, 0.10), 0.75, 1.25)
+        age = float(rng.uniform(7, 16) if rng.random() < 0.15 else rng.uniform(17, 90))
+        loss = max(0.0, age - 50) / 40 * rng.uniform(0.3, 1.2)  # of bone, with age
+        scale = np.clip(rng.normal(0.92 if age < 16 else 1, 0.06), 0.85, 1.12)
+        density = np.clip(rng.normal(1, 0.10), 0.75, 1.25)
         return cls(
             number=number,
+            age=age,
             scale={side: scale * rng.normal(1, 0.006) for side in "LR"},
             density={side: density * rng.normal(1, 0.015) for side in "LR"},
-            girth=rng.uniform(0.8, 1.3),
+            cortex=float(np.clip(rng.normal(1, 0.1) - 0.2 * loss, 0.7, 1.25)),
+            spongy=float(np.clip(rng.normal(1, 0.12) - 0.35 * loss, 0.45, 1.3)),
+            girth=rng.uniform(0.82, 1.25),
             slender=np.array([rng.normal(1, 0.04), 1.0, rng.normal(1, 0.04)]).clip(0.9, 1.1),
+            stout=tuple(np.clip(rng.normal(1, 0.05, 2), 0.9, 1.1)),
+            ulna=float(np.clip(rng.normal(0, 1), -2, 2)),
             bend=np.concatenate([rng.normal(0, 2.2, 2), rng.uniform(0, 2 * np.pi, 2)]),
         )
+
+    def grow(self, bone: str, cloud: Cloud) -> Cloud:
+        """Make a bone this patient's: its width, cortex and spongy bone, and growth plates in the young."""
+        if bone == "thorax":
+            return cloud
+        points, along = cloud.points.copy(), cloud.along
+        if bone not in FLAT:
+            middle = points.mean(0)
+            axis = np.linalg.eigh(np.cov((points - middle)[:: max(1, len(points) // 4000)].T))[1][:, -1]
+            across = points - middle
+            across -= np.outer(across @ axis, axis).astype(np.float32)
+            shaft, end = self.stout
+            wide = np.float32(shaft) + np.float32(end - shaft) * np.abs(2 * along - 1) ** 4
+            points += (wide - 1)[:, None] * across
+        if bone == "ulna":
+            points[:, 1] *= np.float32(1 + self.ulna / 240)
+        density = mineral(bone, cloud.depth, along, cloud.grain, self.cortex, self.spongy)
+        if self.age < 16:
+            density *= self._growth_plates(bone, points, along)
+        return cloud._replace(points=points, mass=(density * cloud.pitch**3).astype(np.float32))
+
+    def _growth_plates(self, bone: str, points: np.ndarray, along: np.ndarray) -> np.ndarray:
+        """Cartilage between the ends and the shaft: how much mineral is left, (N,); the plates are wavy."""
+        left, length = np.ones(len(along), np.float32), np.ptp(points[:, 1]) / max(np.ptp(along), 1e-3)
+        wave = 0.5 * np.sin(points[:, 0] * 1.1 + self.number) + 0.5 * np.sin(points[:, 2] * 0.9)
+        width = 0.15 + 0.06 * (16 - self.age)  # mm; half of it: the plates close with age
+        for plate in GROWTH_PLATES.get(bone, ()):
+            away = (along - plate % 1) * length + wave
+            left *= 1 - 0.9 * np.exp(-((away / (width + 0.45)) ** 4))
+        return left
 
 
 @dataclass
@@ -144,7 +210,12 @@ class Scene:
     moved: dict[str, tuple] = field(default_factory=dict)  # body -> displacement in its parent's frame
     added: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)  # body, points, mass
     metal: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
+    veils: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)  # mm^3 of soft tissue
     tags: list[tuple[str, np.ndarray]] = field(default_factory=list)  # body, points of the finding
+
+    def __post_init__(self) -> None:
+        """Keep the healthy bones: exposure goes by them, so no finding can change it."""
+        self.healthy = dict(self.bones)
 
     def frames(self, angles: dict[str, float]) -> dict[str, tuple]:
         """Place every body of this study in a pose.

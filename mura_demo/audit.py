@@ -1,8 +1,10 @@
 """Could a classifier cheat?  Scores what everything but the anatomy says about the label of demo films.
 
-A film's frame - size, mode, border, burned-in text, grey of the background - is drawn without knowledge of
-the label, so a classifier on it must not beat a coin.  Reads films and truth.csv; writes nothing.  Used by
-the appendix `a_demo_radiographs` and by `benchmarks/demo_shortcuts.py`.
+A film's frame - size, mode, bytes, order, border, lettering, grey of the background - is drawn without
+knowledge of the label, so a classifier on it must not beat a coin; nor must the number of white pixels.
+`fill_box`, `box_only` and `matched_boxes` make the films for a third question: does a network look at the
+finding?  Reads films and truth.csv; writes nothing.  Used by the appendix `a_demo_radiographs` and by
+`benchmarks/demo_shortcuts.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +12,19 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
+from PIL import Image
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
 
 KEYS = ["body_part", "patient", "label", "finding"]
+BOX = ["box_x0", "box_y0", "box_x1", "box_y1"]
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 lie outside
 
 
 def frame_features(index: pd.DataFrame) -> pd.DataFrame:
@@ -27,29 +33,47 @@ def frame_features(index: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     index : DataFrame
-        A row a demo film, columns path, body_part, patient and label; ``attrs["root"]`` is the data folder.
+        A row a demo film, columns path, split, body_part, patient and label; ``attrs["root"]`` is the folder.
 
     Returns
     -------
     DataFrame
-        A row a film: the columns `KEYS`, and what its size, mode, text and background are, as numbers.
+        A row a film: the columns `KEYS`, and what its size, mode, bytes, order, lettering and background are,
+        as numbers.
+
+    Raises
+    ------
+    OSError
+        A film cannot be read.
     """
-    root = Path(index.attrs["root"])
-    truth = pd.read_csv(root / "truth.csv", keep_default_na=False).set_index("path").loc[index.path]
+    truth, root = _truth(index), Path(index.attrs["root"])
     with ThreadPoolExecutor() as pool:
         rows = list(pool.map(_frame, [root / p for p in index.path], truth.text_boxes))
-    keys = (
-        index[["body_part", "patient", "label"]]
-        .reset_index(drop=True)
-        .assign(finding=truth.finding.to_numpy())
-    )
-    return pd.concat([keys, pd.DataFrame(rows)], axis=1)
+    rows_of = index.groupby("split", observed=True).path  # MURA's splits differ in labels: count within each
+    place = rows_of.cumcount() / rows_of.transform("size")
+    frames = pd.DataFrame(rows).assign(order=place.to_numpy())
+    return pd.concat([_keys(index, truth), frames], axis=1)
 
 
-def _frame(path: Path, text_boxes: str) -> dict[str, float]:
+def _truth(index: pd.DataFrame) -> pd.DataFrame:
+    """Read the rows of truth.csv that belong to the rows of an index, in its order."""
+    truth = pd.read_csv(Path(index.attrs["root"]) / "truth.csv", keep_default_na=False)
+    return truth.set_index("path").loc[list(index.path)]
+
+
+def _keys(index: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    return index[KEYS[:-1]].reset_index(drop=True).assign(finding=truth.finding.to_numpy())
+
+
+def _grey(path: Path) -> np.ndarray:
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise OSError(f"{path} cannot be read. Render the data again: mura-course demo.")
+    return image
+
+
+def _frame(path: Path, text_boxes: str) -> dict[str, float]:
+    image = _grey(path)
     grey = image if image.ndim == 2 else image[..., 0]
     height, width = grey.shape
     edges = {"top": grey[:3], "bottom": grey[-3:], "left": grey[:, :3], "right": grey[:, -3:]}
@@ -61,7 +85,8 @@ def _frame(path: Path, text_boxes: str) -> dict[str, float]:
         "height": height,
         "width": width,
         "aspect": height / width,
-        "colour": image.ndim == 3,
+        "channels": 1 if image.ndim == 2 else image.shape[2],
+        "bytes_per_pixel": path.stat().st_size / grey.size,
         "texts": len(boxes),
         "text_x": x0 / width,
         "text_y": y0 / height,
@@ -104,7 +129,9 @@ def stratified_auroc(
     return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
 
 
-def shortcut_table(features: pd.DataFrame, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
+def shortcut_table(
+    features: pd.DataFrame, samples: int = 1000, seeds: tuple[int, ...] = (0, 1, 2)
+) -> pd.DataFrame:
     """Score gradient boosting on the frame, for all findings and for each.
 
     Parameters
@@ -113,8 +140,8 @@ def shortcut_table(features: pd.DataFrame, samples: int = 1000, seed: int = 0) -
         What `frame_features` returns.
     samples : int
         Resamplings of the patients behind the intervals.
-    seed : int
-        Of folds, model and resampling.
+    seeds : tuple of int
+        Of folds and model. The AUROC is the mean over them; so is that of every resample.
 
     Returns
     -------
@@ -129,23 +156,65 @@ def shortcut_table(features: pd.DataFrame, samples: int = 1000, seed: int = 0) -
     leaves fewer to learn from, so across folds a blind model ranks worse than a coin.
     """
     rows: dict[str, dict[str, float]] = {}
-    for finding in ["all", *sorted(set(features.finding) - {"none"})]:
-        films = features if finding == "all" else features.query("finding in ['none', @finding]")
-        score, fold = _out_of_fold(films, seed)
-        label, stratum = films.label.to_numpy(), films.body_part.astype(str) + fold.astype(str)
-        patients, patient = np.unique(films.patient, return_inverse=True)
-        draws = np.random.default_rng(seed).multinomial(
-            len(patients), np.full(len(patients), 1 / len(patients)), samples
-        )
-        low, high = np.nanquantile(stratified_auroc(label, score, stratum, draws[:, patient]), [0.025, 0.975])
-        auroc = stratified_auroc(label, score, stratum)[0]
-        rows[finding] = {
-            "auroc": auroc,
-            "low": low,
-            "high": high,
-            "films": len(films),
-            "patients": len(patients),
-        }
+    for finding, films in _by_finding(features):
+        tries = [_out_of_fold(films, seed) for seed in seeds]
+        rows[finding] = _interval(films, [(score, _stratum(films, fold)) for score, fold in tries], samples)
+    return _table(rows)
+
+
+def white_pixels(index: pd.DataFrame, samples: int = 1000) -> pd.DataFrame:
+    """Score the number of pixels that equal 255: white must not mean metal.
+
+    Parameters
+    ----------
+    index : DataFrame
+        As `frame_features` takes it.
+    samples : int
+        Resamplings of the patients behind the intervals.
+
+    Returns
+    -------
+    DataFrame
+        A row a finding, as `shortcut_table` returns it. Pairs are compared within a body part.
+
+    Raises
+    ------
+    OSError
+        A film cannot be read.
+    """
+    root = Path(index.attrs["root"])
+    with ThreadPoolExecutor() as pool:
+        white = list(pool.map(lambda path: float((_grey(root / path) == 255).mean()), index.path))
+    films = _keys(index, _truth(index)).assign(white=white)
+    rows = {
+        finding: _interval(chosen, [(chosen.white.to_numpy(), chosen.body_part.astype(str))], samples)
+        for finding, chosen in _by_finding(films)
+    }
+    return _table(rows)
+
+
+def _by_finding(films: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """All films, then those of each finding beside the normal ones."""
+    kinds = sorted(set(films.finding) - {"none"})
+    return [("all", films), *((kind, films[films.finding.isin(["none", kind])]) for kind in kinds)]
+
+
+def _stratum(films: pd.DataFrame, fold: np.ndarray) -> np.ndarray:
+    return (films.body_part.astype(str) + fold.astype(str)).to_numpy()
+
+
+def _interval(films: pd.DataFrame, tries: list[tuple[np.ndarray, Any]], samples: int) -> dict[str, float]:
+    """AUROC of scores within strata, mean over the tries, with its interval over patients."""
+    patients, patient = np.unique(films.patient, return_inverse=True)
+    even = np.full(len(patients), 1 / len(patients))
+    draws = np.random.default_rng(0).multinomial(len(patients), even, samples)[:, patient]
+    weight, label = np.concatenate([np.ones((1, len(films)), int), draws]), films.label.to_numpy()
+    auroc = np.mean([stratified_auroc(label, score, np.asarray(s), weight) for score, s in tries], axis=0)
+    low, high = np.nanquantile(auroc[1:], [0.025, 0.975])
+    return {"auroc": auroc[0], "low": low, "high": high, "films": len(films), "patients": len(patients)}
+
+
+def _table(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("finding").astype({"films": int, "patients": int})
 
 
@@ -157,7 +226,146 @@ def _out_of_fold(films: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(x, label, films.patient)
     with threadpool_limits(1):  # the trees are small: threads cost more than they bring
         for number, (fit, held_out) in enumerate(folds):
-            model = HistGradientBoostingClassifier(max_iter=60, learning_rate=0.05, random_state=seed)
+            model = HistGradientBoostingClassifier(
+                max_iter=60, learning_rate=0.05, max_leaf_nodes=8, random_state=seed
+            )
             model.fit(x.iloc[fit], label[fit], sample_weight=balance[fit] / balance[fit].mean())
             score[held_out], fold[held_out] = model.predict_proba(x.iloc[held_out])[:, 1], number
     return score, fold
+
+
+# ------------------------------------------------------------------------------------- films without findings
+def matched_boxes(truth: pd.DataFrame, index: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """Give every film a box: abnormal ones the finding's, normal ones one that a finding might have had.
+
+    Parameters
+    ----------
+    truth : DataFrame
+        ``truth.csv``: columns path, view, visible and `BOX`.
+    index : DataFrame
+        Columns path, body_part and label; ``attrs["root"]`` is the data folder.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    DataFrame
+        `index` without the abnormal films that do not show their finding, plus `BOX` in pixels.
+
+    Raises
+    ------
+    ValueError
+        No film shows a finding of this body part, so no box can be drawn for the normal ones.
+
+    Notes
+    -----
+    A normal film takes the box of a random abnormal one of its body part and view, in relative coordinates;
+    of any view where no film of that view shows a finding.
+    """
+    seen = truth[["path", "view", "visible", *BOX]].rename(columns={"view": "taken_from"})
+    films = index.merge(seen, on="path", validate="1:1")
+    films = films[(films.label == 0) | (films.visible == 1)].reset_index(drop=True)
+    root = Path(index.attrs["root"])
+    sizes = []
+    for path in films.path:
+        with Image.open(root / path) as image:  # the header alone
+            sizes.append(image.size * 2)
+    size, shown = np.array(sizes, float).reshape(-1, 4), films.label.to_numpy() == 1
+    relative = np.full((len(films), 4), np.nan)
+    relative[shown] = films.loc[shown, BOX].astype(float).to_numpy() / size[shown]
+    for row in np.flatnonzero(~shown):
+        same = shown & (films.body_part == films.body_part[row]).to_numpy()
+        same_view = same & (films.taken_from == films.taken_from[row]).to_numpy()
+        donors = np.flatnonzero(same_view if same_view.any() else same)
+        if not donors.size:
+            raise ValueError(f"No film shows a finding of {films.body_part[row]}: no box can be drawn.")
+        relative[row] = relative[rng.choice(donors)]
+    boxes = np.rint(relative * size).astype(int)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    films = films.drop(columns=["taken_from", "visible", *BOX])
+    films[BOX] = boxes
+    films.attrs = dict(index.attrs)
+    return films
+
+
+def _inside(image: np.ndarray, box: Box) -> Box:
+    """Cut a box to the film; ValueError where nothing, or nothing else, is left."""
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = (
+        max(0, int(box[0])),
+        max(0, int(box[1])),
+        min(width, int(box[2])),
+        min(height, int(box[3])),
+    )
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError(f"The box {tuple(box)} lies outside the film of {width} x {height} pixels.")
+    return x0, y0, x1, y1
+
+
+def fill_box(image: np.ndarray, box: Box, seed: int = 0) -> np.ndarray:
+    """Paint a box over with what surrounds it: inpainted, with noise as strong as around it.
+
+    Parameters
+    ----------
+    image : ndarray (H, W) uint8
+    box : tuple of int
+        x0, y0, x1, y1 in pixels.
+    seed : int
+        Of the noise.
+
+    Returns
+    -------
+    ndarray (H, W) uint8
+        A copy; outside the box nothing changes.
+
+    Raises
+    ------
+    ValueError
+        The box lies outside the film, or covers it.
+    """
+    x0, y0, x1, y1 = _inside(image, box)
+    mask = np.zeros(image.shape, np.uint8)
+    mask[y0:y1, x0:x1] = 1
+    if mask.all():
+        raise ValueError("The box covers the film: nothing is left to paint it with.")
+    shrink = min(1.0, 24 / max(x1 - x0, y1 - y0))  # inpainting is slow, and smooth anyway
+    height, width = image.shape
+    small = (max(2, round(width * shrink)), max(2, round(height * shrink)))
+    hole = (cv2.resize(mask.astype(np.float32), small, interpolation=cv2.INTER_AREA) > 0).astype(np.uint8)
+    if hole.all():
+        raise ValueError("The box covers the film: nothing is left to paint it with.")
+    around = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+    smooth = cv2.resize(cv2.inpaint(around, hole, 3, cv2.INPAINT_TELEA), (width, height))[y0:y1, x0:x1]
+    filled = image.astype(np.float32)
+    filled[y0:y1, x0:x1] = smooth
+    frame = cv2.dilate(mask, np.ones((9, 9), np.uint8)) - mask
+    grain = (filled - cv2.GaussianBlur(filled, (0, 0), 1.5))[frame == 1].std()
+    filled[y0:y1, x0:x1] += grain * np.random.default_rng(seed).standard_normal(smooth.shape)
+    return np.clip(np.rint(filled), 0, 255).astype(np.uint8)
+
+
+def box_only(image: np.ndarray, box: Box, margin: float = 0.25) -> np.ndarray:
+    """Cut a box out of a film, with a margin that is a fraction of its longer side.
+
+    Parameters
+    ----------
+    image : ndarray (H, W) uint8
+    box : tuple of int
+        x0, y0, x1, y1 in pixels.
+    margin : float
+
+    Returns
+    -------
+    ndarray (h, w) uint8
+        Square where the film's edge allows it, so that resizing distorts nothing.
+
+    Raises
+    ------
+    ValueError
+        The box lies outside the film.
+    """
+    x0, y0, x1, y1 = _inside(image, box)
+    half = (0.5 + margin) * max(x1 - x0, y1 - y0)
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    square = (np.floor(x - half), np.floor(y - half), np.ceil(x + half), np.ceil(y + half))
+    x0, y0, x1, y1 = _inside(image, square)
+    return image[y0:y1, x0:x1].copy()

@@ -38,25 +38,24 @@ LOW_POLY = {"humerus", "radius", "ulna", "clavicle"}  # coarse meshes with holes
 
 
 class Tissue(NamedTuple):
-    """How a bone is filled and clothed, in mm: its cortex, the smoothing of its mesh, the flesh around it."""
+    """How a bone is filled, in mm: the thickness of its cortex mid-shaft, the smoothing of its mesh."""
 
     cortex: float
-    smooth: float | None
-    flesh: tuple[float, ...]  # soft-tissue radius from the proximal to the distal end
+    smooth: float | None = None
 
 
 TISSUE = {
-    "humerus": Tissue(3.6, 2.0, (38, 30, 9)),
-    "radius": Tissue(2.7, 1.6, (12, 22, 9)),
-    "ulna": Tissue(2.7, 1.6, (11, 22, 9)),
-    "clavicle": Tissue(1.8, 1.6, (20, 20)),
-    "scapula": Tissue(1.1, 0.7, (32, 32)),
-    "thorax": Tissue(0.8, 1.2, (30, 30)),
-    **dict.fromkeys(CARPALS, Tissue(0.7, None, (11, 11))),
-    **dict.fromkeys(METACARPALS, Tissue(1.6, None, (10, 8.5))),
-    **dict.fromkeys(PROXIMAL, Tissue(1.25, None, (7.5, 6.5))),
-    **dict.fromkeys(MIDDLE, Tissue(1.0, None, (6, 5.5))),
-    **dict.fromkeys(DISTAL, Tissue(0.7, None, (5, 4.5))),
+    "humerus": Tissue(3.6, 2.0),
+    "radius": Tissue(2.7, 1.6),
+    "ulna": Tissue(2.7, 1.6),
+    "clavicle": Tissue(1.8, 1.6),
+    "scapula": Tissue(1.1, 0.7),
+    "thorax": Tissue(0.8, 1.2),
+    **dict.fromkeys(CARPALS, Tissue(0.7)),
+    **dict.fromkeys(METACARPALS, Tissue(1.6)),
+    **dict.fromkeys(PROXIMAL, Tissue(1.25)),
+    **dict.fromkeys(MIDDLE, Tissue(1.0)),
+    **dict.fromkeys(DISTAL, Tissue(0.7)),
 }
 
 
@@ -64,15 +63,22 @@ class Cloud(NamedTuple):
     """A bone as N jittered points, one per voxel, each carrying the mineral of its voxel.
 
     points: (N, 3) float32, mm, local frame.  mass: (N,) float32, mm^3 of solid cortical bone.
-    depth: (N,) float32, mm below the surface.  flesh: (N,) float32, soft-tissue radius in mm.
-    pitch: voxel edge in mm.
+    depth: (N,) float32, mm below the surface.  along: (N,) float32, from the proximal (0) to the distal (1)
+    end of the whole bone.  grain: (N,) float32, its trabeculae, of unit variance.  pitch: voxel edge in mm.
     """
 
     points: np.ndarray
     mass: np.ndarray
     depth: np.ndarray
-    flesh: np.ndarray
+    along: np.ndarray
+    grain: np.ndarray
     pitch: float
+
+    @classmethod
+    def of(cls, columns: list[np.ndarray], pitch: float) -> Cloud:
+        """Make a cloud of its five columns, whatever their type and layout in memory."""
+        points, mass, depth, along, grain = (np.ascontiguousarray(c, np.float32) for c in columns)
+        return cls(points, mass, depth, along, grain, pitch)
 
 
 def models_folder() -> Path:
@@ -201,17 +207,47 @@ def fill_pockets(solid: np.ndarray) -> np.ndarray:
     return regions != regions[0, 0, 0]
 
 
-def octave_noise(shape: tuple[int, ...], sigmas: list[float], rng: np.random.Generator) -> np.ndarray:
-    """Make smooth noise of unit variance: the sum of one blurred white noise per sigma (voxels)."""
+def trabeculae(shape: tuple[int, ...], bone: str, pitch: float, rng: np.random.Generator) -> np.ndarray:
+    """Make smooth noise of unit variance: fine lines along the shaft (local y) of long bones, else a mesh."""
     total = np.zeros(shape, np.float32)
-    for sigma in sigmas:
-        noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma)
+    for width in (0.45, 0.9):  # mm
+        long = width if bone in FLAT or bone in CARPALS else 5 * width
+        sigma = [max(0.6, s / pitch) for s in (width, long, width)]
+        noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma, truncate=3)
         total += noise / noise.std()
-    return total / np.sqrt(len(sigmas))
+    return total / np.sqrt(2)
+
+
+def mineral(
+    bone: str, depth: np.ndarray, along: np.ndarray, grain: np.ndarray, cortex: float = 1, spongy: float = 1
+) -> np.ndarray:
+    """Fill a bone: compact cortex, spongy ends, an almost empty canal along the shaft.
+
+    Parameters
+    ----------
+    bone : str
+        A key of `TISSUE`.
+    depth, along, grain : ndarray (N,)
+        As in `Cloud`.
+    cortex, spongy : float
+        The patient's thickness of cortex and amount of spongy bone, as multiples of the usual ones.
+
+    Returns
+    -------
+    ndarray (N,)
+        Density, 1 in solid cortical bone.
+    """
+    shaft = np.zeros_like(along) if bone in FLAT else 1 - np.abs(2 * along - 1) ** 4
+    thick = TISSUE[bone].cortex * (0.25 + 0.75 * shaft) * np.float32(cortex)
+    shell = 1 / (1 + np.exp(np.clip((depth - thick) / (0.18 * thick + 0.12), -30, 30)))
+    coarse = 0.22 / max(spongy, 0.3)  # fewer trabeculae stand out more
+    inner = np.clip(0.34 - 0.27 * shaft**0.7 + coarse * grain * (1 - 0.75 * shaft), 0.02, 1) * spongy
+    density = shell * (0.80 + 0.2 * shaft) + (1 - shell) * inner
+    return density
 
 
 def build_cloud(bone: str, pitch: float, window: tuple[float, float]) -> Cloud:
-    """Fill a bone with mineral: compact cortex, spongy ends, an almost empty canal along the shaft.
+    """Fill a bone with mineral.
 
     Parameters
     ----------
@@ -227,9 +263,9 @@ def build_cloud(bone: str, pitch: float, window: tuple[float, float]) -> Cloud:
     Cloud
     """
     rng = np.random.default_rng(list(bone.encode()))
-    triangles = read_stl(models_folder() / "meshes" / f"{bone}.stl")
     if bone == "thorax":
-        triangles = triangles[triangles[..., 2].mean(1) > -40]  # the half beside the arm
+        return ribs(pitch, rng)
+    triangles = read_stl(models_folder() / "meshes" / f"{bone}.stl")
     inside, low = solidify(triangles, pitch, bone, window, rng)
     depth = np.asarray(ndimage.distance_transform_edt(inside), np.float32) * pitch - 0.5 * pitch
     inside = depth > 0.25 * pitch  # the rasterised surface stands half a voxel proud of the true one
@@ -237,27 +273,41 @@ def build_cloud(bone: str, pitch: float, window: tuple[float, float]) -> Cloud:
     depth = depth[inside]
     points = low + (voxels + rng.random(voxels.shape)) * pitch  # jitter: a bare grid would show as moire
     along = long_axis_position(points, triangles.reshape(-1, 3))
-    shaft = np.zeros_like(along) if bone in FLAT else 1 - np.abs(2 * along - 1) ** 4
-    cortex = TISSUE[bone].cortex * (0.25 + 0.75 * shaft)
-    shell = 1 / (1 + np.exp(np.clip((depth - cortex) / (0.18 * cortex + 0.12), -30, 30)))
-    grain = octave_noise(inside.shape, [0.7 / pitch, 1.6 / pitch], rng)[inside]
-    spongy = np.clip(0.34 - 0.27 * shaft**0.7 + 0.13 * grain * (1 - 0.75 * shaft), 0.02, 1)
-    density = shell * (0.80 + 0.2 * shaft) + (1 - shell) * spongy
-    if bone == "thorax":
-        density *= 0.45
-    y, ends = points[:, 1], (triangles[..., 1].min(), triangles[..., 1].max())
-    knots = np.linspace(0, 1, len(TISSUE[bone].flesh))
-    flesh = np.interp((ends[1] - y) / (ends[1] - ends[0]), knots, TISSUE[bone].flesh)
-    keep = (y > window[0]) & (y < window[1])
-    columns = (points, density * pitch**3, depth, flesh)
-    points, mass, depth, flesh = (np.ascontiguousarray(c[keep], np.float32) for c in columns)
-    return Cloud(points, mass, depth, flesh, pitch)
+    grain = trabeculae(inside.shape, bone, pitch, rng)[inside]
+    mass = mineral(bone, depth, along, grain) * pitch**3
+    keep = (points[:, 1] > window[0]) & (points[:, 1] < window[1])
+    return Cloud.of([column[keep] for column in (points, mass, depth, along, grain)], pitch)
+
+
+def ribs(pitch: float, rng: np.random.Generator) -> Cloud:
+    """Bend eight flat, hollow ribs about the half of the chest beside the arm.
+
+    The mesh of the thorax is too coarse for them. They lie on a widening egg that has the mesh's size, run
+    down from the spine, and end where cartilage begins. Parameters and result as in `build_cloud`.
+    """
+    parts = []
+    for k in range(8):
+        wide = 0.42 + 0.58 * np.sqrt(k / 7)  # of the chest at this rib
+        count = int(3.2 * 300 * wide * 34 / pitch**2)
+        turn = np.deg2rad(rng.uniform(-75, 205, count))  # 0: to the front, 90: to the side
+        ring = rng.uniform(0, 2 * np.pi, count)
+        tall, flat = 6.2 * np.sin(ring), 2.6 * np.cos(ring)  # of the rib's section, mm
+        shell = rng.uniform(0.75, 1, count)
+        out = 1 + flat * shell / (95 * wide)
+        x, z = -12 + 92 * wide * out * np.cos(turn), 128 * wide * out * np.sin(turn)
+        y = 22 - 29 * k - 24 * wide * (1 + np.cos(turn)) + tall * shell
+        parts.append(np.column_stack([x, y, z])[z > -40])
+    points = np.concatenate(parts).astype(np.float32)
+    ones = np.ones(len(points), np.float32)
+    mass = ones * np.float32(0.11 * pitch**3)
+    return Cloud(points, mass, 0.3 * ones, 0.5 * ones, 0 * ones, pitch)
 
 
 def long_axis_position(points: np.ndarray, mesh: np.ndarray) -> np.ndarray:
-    """Locate each point along the principal axis of the whole bone, 0 to 1: (N,)."""
+    """Locate each point along the principal axis of the whole bone, 0 (upper end) to 1 (lower end): (N,)."""
     centre = mesh.mean(0)
     axis = np.linalg.eigh(np.cov((mesh - centre).T))[1][:, -1]
+    axis = -axis if axis[1] > 0 else axis
     ends = (mesh - centre) @ axis
     return np.clip(((points - centre) @ axis - ends.min()) / np.ptp(ends), 0, 1)
 
@@ -299,14 +349,13 @@ def _read_cloud(file: Path, pitch: float) -> Cloud | None:
         table = np.load(file)
     except (FileNotFoundError, ValueError, EOFError):
         return None
-    mass, depth, flesh = np.ascontiguousarray(table[:, 3:].T)
-    return Cloud(np.ascontiguousarray(table[:, :3]), mass, depth, flesh, pitch)
+    return Cloud.of([table[:, :3], *table[:, 3:].T], pitch)
 
 
 def _build_cloud_file(file: Path, key: CloudKey) -> Cloud:
     """Build a cloud and keep it: a file beside its place, then renamed."""
     cloud = build_cloud(*key)
-    np.save(content := io.BytesIO(), np.column_stack(cloud[:4]))
+    np.save(content := io.BytesIO(), np.column_stack(cloud[:5]))
     beside = file.with_suffix(f".{os.getpid()}.tmp")
     beside.write_bytes(content.getvalue())  # NumPy itself would not say that a disk is full
     beside.replace(file)

@@ -1,4 +1,4 @@
-"""Demo films rendered anew with what is known about them: the text-free twin, the bone, the burned-in text.
+"""Demo films rendered anew with what is known about them: the text-free twin, the bone, the lettering.
 
 Chapter 2 measures text removal with it. Writes nothing but the renderer's bones, in the cache folder.
 """
@@ -27,11 +27,11 @@ class KnownFilm:
     path, patient : str, int
         As in the index; intervals are over patients.
     image, twin : ndarray
-        uint8 (H, W): the film, and the same without text.
+        uint8 (H, W): the film, and the same without text, burned in or of lead. Distractors stand in both.
     bone : ndarray
         bool (H, W): the ray crosses more than `BONE` mm of bone inside the collimated field.
     texts : list of tuple
-        (text, x0, y0, x1, y1) of what is burned in, in pixels.
+        (text, x0, y0, x1, y1) of all lettering, in pixels: the part that can be seen.
     """
 
     path: str

@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 
 from .anatomy import PARTS, Scene, aim, position
+from .flesh import hides_chest, soft_tissue
 from .skeleton import rotation_about, skeleton
 
 SUPERSAMPLE = 2  # film pixels are averages of 2 x 2 finer ones
 MARGIN = 32  # fine pixels around the film: bones beyond the edge still cast soft tissue into it
-COARSE = 4  # soft tissue is smooth: worked out on a grid four times coarser
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,12 @@ class Room:
             heel_x=u(-0.06, 0.06),
             heel_y=u(-0.06, 0.06),
             veil=u(0.003, 0.02),
-            photons=np.exp(u(np.log(2000), np.log(12000))),
-            white=u(1.1, 1.3),
-            black=u(0, 0.12),
+            photons=np.exp(u(np.log(2500), np.log(15000))),
+            grain=u(0.4, 0.9),  # pixels over which the detector smears a photon
+            automatic=u(0, 0.3),  # how far the automatic exposure makes up for dense objects
+            white=u(0.88, 1.02) if rng.random() < 0.25 else u(1.05, 1.4),
+            black=u(0, 0.1),
+            latitude=u(0.3, 0.6) if rng.random() < 0.3 else 0.0,  # of the film's shoulder; 0 clips hard
             sharpen=u(0, 0.7),
             sharpen_sigma=u(2, 6),
             gamma=u(0.75, 1.25),
@@ -233,71 +236,29 @@ def project(scene: Scene, projector: Projector) -> tuple[np.ndarray, np.ndarray,
     bone, metal, soft : ndarray (H, W) float32
         Thickness in mm, in the film's pixels.
     """
-    xs, ys, masses, flesh = [], [], [], []
-    for bone, cloud in scene.bones.items():
-        if bone == "thorax" and scene.part == "HUMERUS" and projector.settings.view == "LAT":
-            continue  # the arm is held away from the chest
-        x, y = projector(scene.body(bone), cloud.points)
-        for column, values in ((xs, x), (ys, y), (masses, cloud.mass), (flesh, cloud.flesh)):
-            column.append(values)
-    x, y = np.concatenate(xs), np.concatenate(ys)
-    bone = projector.splat(x, y, np.concatenate(masses)) * np.float32(scene.patient.density[scene.side])
-    soft = soft_tissue(x, y, np.concatenate(flesh), projector)
-    layers = []
-    for items in (scene.added, scene.metal):
+    bone = np.zeros(projector.size, np.float32)
+    for pitch in {cloud.pitch for cloud in scene.bones.values()}:  # a point stands for a whole voxel
+        shown = [name for name, cloud in scene.bones.items() if cloud.pitch == pitch]
+        if hides_chest(scene, projector.settings.view):
+            shown = [name for name in shown if name != "thorax"]
+        placed = [(*projector(scene.body(b), scene.bones[b].points), scene.bones[b].mass) for b in shown]
+        if placed:
+            layer = projector.splat(*(np.concatenate(column) for column in zip(*placed, strict=True)))
+            bone += blur(layer, min(3.0, 0.6 * pitch * projector.scale))
+    bone *= np.float32(scene.patient.density[scene.side])
+    soft, layers = soft_tissue(scene, projector), []
+    for items in (scene.added, scene.metal, scene.veils):
         layer = np.zeros_like(bone)
         for body, points, mass in items:
             layer += projector.splat(*projector(body, points), mass)
         layers.append(layer)
-    bone += layers[0]
-    bone, metal = (
-        to_film(bone),
-        to_film(layers[1]) if scene.metal else np.zeros(projector.settings.shape, np.float32),
-    )
-    grain = 0.4 * PARTS[scene.part].pitch * projector.scale / SUPERSAMPLE  # a point stands for a whole voxel
-    return blur(bone, min(0.9, grain)), metal, to_film(soft)
+    return to_film(bone + layers[0]), to_film(layers[1]), to_film(soft + layers[2])
 
 
 def to_film(fine: np.ndarray) -> np.ndarray:
     """Cut the margin off a fine image and average 2 x 2 of its pixels: float32 (H, W)."""
     inner = fine[MARGIN:-MARGIN, MARGIN:-MARGIN]
     return cv2.resize(inner, None, fx=1 / SUPERSAMPLE, fy=1 / SUPERSAMPLE, interpolation=cv2.INTER_AREA)
-
-
-def soft_tissue(x: np.ndarray, y: np.ndarray, flesh: np.ndarray, projector: Projector) -> np.ndarray:
-    """Clothe projected bones: round in section, as thick as the nearest bone's flesh.
-
-    Parameters
-    ----------
-    x, y : ndarray (N,)
-        In fine pixels.
-    flesh : ndarray (N,)
-        Radius of the soft tissue in mm.
-    projector : Projector
-
-    Returns
-    -------
-    ndarray (fine H, fine W) float32
-        Thickness in mm.
-    """
-    size = (-(-projector.size[0] // COARSE), -(-projector.size[1] // COARSE))
-    every = slice(None, None, 4)
-    x, y = x[every] / COARSE, y[every] / COARSE
-    count = add_up(x, y, np.ones(len(x), np.float32), size)
-    radius = add_up(x, y, flesh[every], size) / np.maximum(count, 1)
-    empty = (count == 0).astype(np.uint8)
-    if empty.all():
-        return np.zeros(projector.size, np.float32)
-    distance, nearest = cv2.distanceTransformWithLabels(empty, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    of_label = np.zeros(nearest.max() + 1, np.float32)
-    of_label[nearest[empty == 0]] = radius[empty == 0]
-    mm = COARSE / projector.scale
-    radius = blur(of_label[nearest], 0.8 * radius[empty == 0].mean() / mm) * np.float32(
-        projector.patient.girth
-    )
-    inside = distance * np.float32(mm) / radius
-    depth = 1.7 * radius * np.sqrt(np.clip(1 - inside**2, 0, None)) + 0.25 * radius * (inside < 0.8)
-    return cv2.resize(blur(depth, 1.3), projector.size[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def finding_box(scene: Scene, projector: Projector, opening: np.ndarray) -> tuple | None:

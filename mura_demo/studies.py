@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from .anatomy import CARPALS, PARTS, Patient, Scene, clouds
+from .distractors import wear
 from .film import Film, shutters, take
 from .findings import FINDINGS
 from .projection import Projector, Room, Settings, finding_box
+from .variants import add_variants
 
 # Studies of MURA v1.1: train normal, train abnormal, valid normal, valid abnormal; mean views of a study.
 MURA = {
@@ -31,15 +33,16 @@ MURA = {
     "SHOULDER": (1364, 1457, 99, 95, 2.97),
     "WRIST": (2134, 1326, 140, 97, 2.82),
 }
-# About half of MURA's positives show plates, marks or plaster (Pure-MURA's count); the rest is our choice.
+# Our choice. About half of MURA's positives show plates, marks or plaster (Pure-MURA's count); with so many,
+# a network would need to learn little else.
 FINDING_FRACTIONS = {
-    "fracture": 0.26,
-    "hardware": 0.42,
-    "lesion": 0.10,
-    "degenerative": 0.13,
+    "fracture": 0.36,
+    "hardware": 0.28,
+    "lesion": 0.12,
+    "degenerative": 0.15,
     "subluxation": 0.09,
 }
-TEST_FRACTION = 1 / 6  # of the studies
+TEST_FRACTION = 0.35  # of the studies: more than in MURA, for narrower intervals
 SECOND_PART = 0.13  # fraction of patients with studies of two body parts (1,467 of 11,184 in MURA)
 FOLLOW_UP = 0.045  # fraction of (patient, part) with a second study of that part
 MAX_TRIES = 20  # draws of a finding until a view shows it
@@ -74,7 +77,8 @@ class Study:
         seed : int
             The data set's.
         *purpose : int
-            Any numbers: other ones, another stream. 0 patient, 1 films, 3 finding, 4 room.
+            Any numbers: other ones, another stream. 0 patient, 1 films, 3 finding, 4 room, 5 variants,
+            6 what is worn.
 
         Returns
         -------
@@ -205,8 +209,12 @@ def make_scene(study: Study, seed: int, settings: list[Settings], cache: Path) -
     if study.part == "FINGER" and study.digit != 1:
         bones = {name: cloud for name, cloud in bones.items() if name not in CARPALS}  # out of the field
     patient = Patient.sample(seed, study.patient)
+    bones = {name: patient.grow(name, cloud) for name, cloud in bones.items()}
     for attempt in range(MAX_TRIES):
         scene = Scene(study.part, patient, study.side, study.digit, dict(bones))
+        add_variants(scene, study.rng(seed, 5))
+        scene.healthy = dict(scene.bones)  # variants are normal
+        wear(scene, study.rng(seed, 6))
         if study.finding == "none":
             return scene, ""
         detail = FINDINGS[study.finding](scene, study.severity, study.rng(seed, 3, attempt))
