@@ -18,6 +18,7 @@ from .errors import PredictionsError, one_of
 METRICS = {
     "accuracy": "Accuracy",
     "auroc": "AUROC",
+    "auroc_within": "AUROC within body part",
     "kappa": "Cohen's kappa",
     "sensitivity": "Sensitivity",
     "specificity": "Specificity",
@@ -25,6 +26,7 @@ METRICS = {
 }
 """Column name in a report -> the name that a reader sees."""
 
+Seeds = pd.DataFrame | Sequence[pd.DataFrame]  # predictions, or those of several seeds
 FOUND = ("value", "low", "high", "resamples")
 COUNTS = ("level", "n", "patients", "positives")
 PROVENANCE = ("data", "is_demo", "fingerprint", "profile", "weights", "run")
@@ -65,6 +67,9 @@ def image_report(predictions: pd.DataFrame, threshold: float = 0.5, samples: int
     The interval is the percentile interval of a bootstrap over PATIENTS: images of one patient resemble each
     other, and resampling single images would give intervals that are too narrow. Where all predictions are
     right, the interval is the single point 1: too few errors to bootstrap, not certainty.
+
+    `auroc_within` compares an abnormal image only with normal images of its own body part, and pools the
+    pairs of all parts: what it has above 0.5 cannot come from telling the parts apart.
     """
     return _report(check(predictions), "image", threshold, samples)
 
@@ -93,21 +98,21 @@ def study_predictions(predictions: pd.DataFrame) -> pd.DataFrame:
     for column in constant:
         if (varying := studies[column].nunique()).gt(1).any():
             raise PredictionsError(f"The study {varying.idxmax()!r} has more than one {column}: correct it.")
-    found = {"probability": studies["probability"].mean(), "views": studies.size()}
+    # Rounded: the mean of equal probabilities is that probability, and ties between studies stay ties.
+    found = {"probability": studies["probability"].mean().round(12), "views": studies.size()}
     table = studies[constant].first().assign(**found).reset_index()
     table.attrs = dict(predictions.attrs)
     return table
 
 
-def paired_difference(
-    a: pd.DataFrame, b: pd.DataFrame, level: str = "image", samples: int = 1000
-) -> pd.DataFrame:
+def paired_difference(a: Seeds, b: Seeds, level: str = "image", samples: int = 1000) -> pd.DataFrame:
     """How much better `a` is than `b`, two models' predictions of the same images, in any order.
 
     Parameters
     ----------
-    a, b : DataFrame
-        As for `image_report`, with `path` too.
+    a, b : DataFrame or sequence of DataFrame
+        As for `image_report`, with `path` too. Of several, a model's seeds for example, the scores are
+        averaged, not the probabilities.
     level : {"image", "study"}
         What is scored.
     samples : int
@@ -131,20 +136,21 @@ def paired_difference(
     """
     one_of("level", level, ("image", "study"), PredictionsError)
     key, prepare = ("path", check) if level == "image" else ("study", study_predictions)
-    a, b = (prepare(table).sort_values(key, ignore_index=True) for table in (a, b))
-    same = [key, "patient", "label"]
-    if not (len(a) == len(b) and a[same].equals(b[same].astype(a[same].dtypes))):
-        raise PredictionsError(
-            f"The predictions are not of the same {len(a)} and {len(b)} {level}s with the same labels: a "
-            "paired comparison needs both models on the same test set."
-        )
-    first, second = Scorer(a, 0.5), Scorer(b, 0.5)
+    sides = [[side] if isinstance(side, pd.DataFrame) else side for side in (a, b)]
+    ours, theirs = ([prepare(t).sort_values(key, ignore_index=True) for t in side] for side in sides)
+    first, same = ours[0], [key, "patient", "body_part", "label"]
+    for other in (*ours, *theirs):
+        if len(first) != len(other) or (first[same].astype(str) != other[same].astype(str)).any(axis=None):
+            what = f"the same {len(first)} and {len(other)} {level}s with the same labels"
+            raise PredictionsError(f"The predictions are not of {what}: compare models on one test set.")
+    signed = ((table, sign / len(side)) for side, sign in ((ours, 1), (theirs, -1)) for table in side)
+    scorers = [(Scorer(table, 0.5), part) for table, part in signed]
 
     def differences(weights: np.ndarray) -> dict[str, np.ndarray]:
-        ours, theirs = first(weights), second(weights)
-        return {metric: ours[metric] - theirs[metric] for metric in METRICS}
+        scores = [(scorer(weights), part) for scorer, part in scorers]
+        return {metric: np.sum([part * one[metric] for one, part in scores], axis=0) for metric in METRICS}
 
-    found = _intervals(differences, first.patients, len(a), samples, _generator("OVERALL"))
+    found = _intervals(differences, scorers[0][0].patients, len(first), samples, _generator("OVERALL"))
     table = pd.DataFrame.from_dict(found, orient="index", columns=list(FOUND))
     table.attrs = {"level": level, "samples": samples}
     return table
@@ -239,7 +245,7 @@ class Scorer:
     """
 
     def __init__(self, rows: pd.DataFrame, threshold: float) -> None:
-        """Take rows with `label` 0 or 1, `probability` in [0, 1], and `patient`; number the patients."""
+        """Take rows with `label` 0 or 1, `probability` in [0, 1], `patient` and `body_part`."""
         label, probability = rows["label"].to_numpy(), rows["probability"].to_numpy()
         names, patient = np.unique(rows["patient"].to_numpy(), return_inverse=True)
         self.patients = len(names)
@@ -247,35 +253,54 @@ class Scorer:
         cells = [abnormal & called, ~abnormal & called, ~abnormal & ~called, abnormal & ~called]
         # (patients, 4): each patient's true positives, false positives, true negatives, false negatives.
         self.confusion = np.stack([np.bincount(patient, cell) for cell in cells], axis=1)
-        order = np.argsort(probability, kind="stable")
-        self.label, self.patient = label[order], patient[order]
-        # Where each group of equal probabilities begins: ties count one half in the AUROC.
-        self.starts = np.flatnonzero(np.r_[True, np.diff(probability[order]) > 0])
+        part = pd.factorize(rows["body_part"])[0]
+        self.auroc = _auroc(np.zeros_like(part), label, probability, patient)
+        # Of one part alone, both are the same.
+        self.within = _auroc(part, label, probability, patient) if part.any() else None
 
     def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Score every row of `weights`."""
         tp, fp, tn, fn = (weights @ self.confusion).T
         n = tp + fp + tn + fn
+        auroc = self.auroc(weights)
         with np.errstate(invalid="ignore", divide="ignore"):
             agreement = (tp + tn) / n
             chance = ((tp + fp) * (tp + fn) + (fn + tn) * (fp + tn)) / n**2
             return {
                 "accuracy": agreement,
-                "auroc": self._auroc(weights),
+                "auroc": auroc,
+                "auroc_within": self.within(weights) if self.within else auroc,
                 "kappa": (agreement - chance) / np.where(chance < 1, 1 - chance, np.nan),
                 "sensitivity": tp / (tp + fn),
                 "specificity": tn / (tn + fp),
                 "f1": 2 * tp / (2 * tp + fp + fn),
             }
 
-    def _auroc(self, weights: np.ndarray) -> np.ndarray:
-        """Weighted share of (abnormal, normal) pairs where the abnormal one is higher; ties count half."""
-        weights = weights[:, self.patient]
-        abnormal = weights * self.label
+
+def _auroc(part: np.ndarray, label: np.ndarray, probability: np.ndarray, patient: np.ndarray) -> Callable:
+    """Make the function weights (resamples, patients) -> AUROC (resamples,), over pairs of one part.
+
+    That is the weighted fraction of such (abnormal, normal) pairs in which the abnormal one is higher; ties
+    count half.
+    """
+    order = np.lexsort((probability, part))
+    part, label, probability, patient = (column[order] for column in (part, label, probability, patient))
+    new = np.r_[True, np.diff(part) > 0]  # a new part begins
+    ties = np.flatnonzero(new | np.r_[True, np.diff(probability) > 0])
+    parts = np.flatnonzero(new[ties])
+
+    def auroc(weights: np.ndarray) -> np.ndarray:
+        weights = weights[:, patient]
+        abnormal = weights * label
         normal = weights - abnormal
-        if len(self.starts) < len(self.label):  # ties
-            abnormal = np.add.reduceat(abnormal, self.starts, axis=1)
-            normal = np.add.reduceat(normal, self.starts, axis=1)
+        if len(ties) < len(label):
+            abnormal, normal = (np.add.reduceat(side, ties, axis=1) for side in (abnormal, normal))
         below = np.cumsum(normal, axis=1) - normal / 2
-        pairs = np.einsum("rg,rg->r", abnormal, below)
-        return pairs / (abnormal.sum(axis=1) * normal.sum(axis=1))
+        won = np.einsum("rg,rg->r", abnormal, below)
+        # By part: all abnormal, all normal ones. Normal ones of earlier parts are no partners.
+        abnormal, normal = (np.add.reduceat(side, parts, axis=1) for side in (abnormal, normal))
+        won -= np.einsum("rp,rp->r", abnormal, np.cumsum(normal, axis=1) - normal)
+        with np.errstate(invalid="ignore"):
+            return won / np.einsum("rp,rp->r", abnormal, normal)
+
+    return auroc

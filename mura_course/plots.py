@@ -57,7 +57,7 @@ PANELS = {
     "f1": ("Macro F1", "mean over body parts", 0.0),
 }
 """Panels of `learning_curves`: column of the history -> title, what the axis measures, where it starts."""
-CHANCE = {"auroc": 0.5, "auc": 0.5, "kappa": 0.0}
+CHANCE = {"auroc": 0.5, "auroc_within": 0.5, "auc": 0.5, "kappa": 0.0}
 """What a coin scores, where that does not depend on the data."""
 HIGHEST_LOSS = 2.0  # a first epoch's loss may be many times as high, and would flatten all the others
 

@@ -21,6 +21,7 @@ from .errors import PredictionsError, one_of
 from .runs import Run
 
 Model = Run | pd.DataFrame  # a run, or predictions as `metrics.image_report` takes them
+Models = Mapping[str, Model]  # by name
 BIG = 0.05
 """A difference of more than this is big, in `agreement`."""
 
@@ -81,9 +82,7 @@ def show_source(*things: Callable[..., Any] | type) -> Markdown:
     return Markdown("\n\n".join(blocks))
 
 
-def image_reports(
-    models: Mapping[str, Model], samples: int = 1000, level: str = "image"
-) -> dict[str, pd.DataFrame]:
+def image_reports(models: Models, samples: int = 1000, level: str = "image") -> dict[str, pd.DataFrame]:
     """Score each model: its report, of `metrics.image_report` or (level "study") `metrics.study_report`.
 
     Parameters
@@ -135,12 +134,83 @@ def overall(reports: Mapping[str, pd.DataFrame], digits: int = 2) -> pd.DataFram
     return pd.DataFrame({name: format_report(one, digits).loc["OVERALL"] for name, one in reports.items()}).T
 
 
+def against_floors(models: Models, floors: Models, samples: int = 1000, level: str = "image") -> pd.DataFrame:
+    """Set models beside the floors that they must beat, and say which of them learned anything.
+
+    Parameters
+    ----------
+    models : mapping
+        Runs or predictions by name, all of the same images.
+    floors : mapping
+        Predictions by name, as `data.floors` makes them. Only the models' images are scored.
+    samples, level
+        As for `image_reports`.
+
+    Returns
+    -------
+    DataFrame
+        A row a model and a row a floor: "AUROC", "AUROC within body part", "Accuracy", `learned` in words.
+        "yes": the AUROC is shown to lie above 0.5 and above every floor, each by the 95 % interval of a
+        paired difference. Otherwise "no: interval holds 0.5", "no: interval is below 0.5", "not shown: no
+        better than white pixels", or "not tested here" (undefined). A floor's row says "floor".
+
+    Raises
+    ------
+    PredictionsError
+        As `metrics.paired_difference`: models of other images, for example, or floors that lack some.
+    """
+    bars = _among(floors, next(iter(models.values())))
+    shown = overall(image_reports({**models, **bars}, samples, level))
+    words = [_learned(model, bars, samples, level) for model in models.values()]
+    columns = [metrics.METRICS[metric] for metric in ("auroc", "auroc_within", "accuracy")]
+    return shown[columns].assign(learned=words + ["floor"] * len(bars))
+
+
 def format_difference(table: pd.DataFrame, metric: str = "auroc", digits: int = 3) -> str:
     """Write a row of `metrics.paired_difference` for a reader's eye: "+0.041 [+0.001, +0.080]"."""
     return interval(*table.loc[metric].to_numpy()[:3], digits=digits, signed=True)
 
 
-def difference(a: Model, b: Model, metric: str = "auroc", samples: int = 1000, level: str = "image") -> str:
+def over_seeds(a: Sequence[Model], b: Sequence[Model], metric: str = "auroc", samples: int = 1000) -> str:
+    """Say how much better `a` is than `b`, each trained once a seed.
+
+    Parameters
+    ----------
+    a, b : sequence of Run or DataFrame
+        As many of each, the seeds in the same order, all of the same images.
+    metric, samples
+        As for `difference`; the level is "image".
+
+    Returns
+    -------
+    str
+        "+0.05 [+0.02, +0.08] over 3 seeds (+0.03 to +0.06)": the mean of the seeds' differences, its 95 %
+        interval over patients, and the lowest and the highest seed's difference.
+
+    Raises
+    ------
+    PredictionsError
+        No models, or not as many of each; as `difference`.
+
+    Notes
+    -----
+    The interval says how far other patients could move the mean; the range says how far another seed moves
+    one training. Neither contains the other.
+    """
+    if not len(a) == len(b) > 0:
+        raise PredictionsError(f"{len(a)} models against {len(b)}: give as many of each, a pair a seed.")
+    one_of("metric", metric, tuple(metrics.METRICS), PredictionsError)
+    ours, theirs = ([_predictions(model) for model in side] for side in (a, b))
+    table = metrics.paired_difference(ours, theirs, samples=samples)
+    pairs = [metrics.paired_difference(*pair, samples=0) for pair in zip(ours, theirs, strict=True)]
+    each = sorted(pair["value"].to_dict()[metric] for pair in pairs)
+    seeds = f"{len(each)} seed{'s' * (len(each) > 1)} ({each[0]:+.2f} to {each[-1]:+.2f})"
+    return f"{format_difference(table, metric, 2)} over {seeds}"
+
+
+def difference(
+    a: Model, b: Model, metric: str = "auroc", samples: int = 1000, level: str = "image", floors: Any = None
+) -> str:
     """Say how much better `a` is than `b`, in words: "+0.121 [+0.075, +0.168]: better".
 
     Parameters
@@ -149,43 +219,54 @@ def difference(a: Model, b: Model, metric: str = "auroc", samples: int = 1000, l
         Two models' runs or predictions of the same images.
     metric, samples, level
         A key of `metrics.METRICS`; the rest as for `metrics.paired_difference`.
+    floors : mapping, optional
+        Where the question supposes that both models learned something: as for `against_floors`, ``{}`` for
+        chance alone.
 
     Returns
     -------
     str
         The difference, its 95 % interval over patients, and: "better" (the interval lies above 0), "worse",
-        "no difference shown", or "not tested here" where it is undefined or a model says the same to all.
+        "no difference shown", or "not tested here" where it is undefined, a model says the same to all, or
+        (with `floors`) `against_floors` doesn't say of both that they learned.
 
     Raises
     ------
     PredictionsError
         As `metrics.paired_difference`; an unknown metric.
     """
-    table, words = _compared(a, b, metric, samples, level)
-    return f"{format_difference(table, metric)}: {words}"
+    row, words = _compared(a, b, metric, samples, level, floors)
+    return f"{interval(*row, digits=3, signed=True)}: {words}"
 
 
-def agreement(claim: str, a: Model, b: Model, metric: str = "auroc", samples: int = 1000) -> str:
+def agreement(claim: str, a: Model, b: Model, about_pretraining: bool = False, **options: Any) -> str:
     """Say whether a report's claim about `a` against `b` is seen here.
 
     Parameters
     ----------
     claim : {"better", "worse", "no big difference"}
         What the report says of `a` against `b`; big is more than `BIG`.
-    a, b, metric, samples
+    a, b
         As for `difference`.
+    about_pretraining : bool
+        The claim supposes ImageNet's weights: models that did not start from them are not asked.
+    **options
+        `metric`, `samples`, `level`, `floors`, as for `difference`; without `floors`, both models must beat
+        chance.
 
     Returns
     -------
     str
-        "agrees", "disagrees", "cannot tell" (the interval holds both), or "not tested here".
+        "agrees", "disagrees", "cannot tell" (the interval holds both), or "not tested here": a model says the
+        same to all, is not shown to have learned, or started from other weights.
     """
     claims = {"better": (0, np.inf), "worse": (-np.inf, 0), "no big difference": (-BIG, BIG)}
     least, most = claims[one_of("claim", claim, claims, PredictionsError)]
-    table, words = _compared(a, b, metric, samples, "image")
-    _, low, high, _ = table.loc[metric].to_numpy()
-    if words == "not tested here":
-        return words
+    options["floors"] = options.get("floors") or {}
+    (_, low, high), words = _compared(a, b, **options)
+    pretrained = all(_predictions(model).attrs.get("weights") == "imagenet" for model in (a, b))
+    if words == "not tested here" or (about_pretraining and not pretrained):
+        return "not tested here"
     if least < low and high < most:
         return "agrees"
     return "disagrees" if high < least or low > most else "cannot tell"
@@ -205,16 +286,41 @@ def fraction_right(rows: pd.DataFrame, right: Any, samples: int = 1000, digits: 
     return str(overall({"": metrics.image_report(answered, samples=samples)}, digits)["Accuracy"].iloc[0])
 
 
-def _compared(a: Any, b: Any, metric: str, samples: int, level: str) -> tuple[pd.DataFrame, str]:
-    """Compare a with b: the paired difference, and what its interval says."""
+def _compared(
+    a: Any, b: Any, metric: str = "auroc", samples: int = 1000, level: str = "image", floors: Any = None
+) -> tuple[list[float], str]:
+    """Compare a with b: the paired difference and its interval, and what the interval says."""
     one_of("metric", metric, tuple(metrics.METRICS), PredictionsError)
     a, b = _predictions(a), _predictions(b)
-    table = metrics.paired_difference(a, b, level=level, samples=samples)
-    _, low, high, _ = table.loc[metric].to_numpy()
-    constant = any(len(p) > 1 and p["probability"].nunique() == 1 for p in (a, b))
-    if constant or np.isnan(low):
-        return table, "not tested here"
-    return table, "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+    row = metrics.paired_difference(a, b, level, samples).loc[metric].to_numpy()[:3].tolist()
+    asked = all(len(one) == 1 or one["probability"].nunique() > 1 for one in (a, b))
+    if asked and floors is not None:
+        bars = _among(floors, a)
+        asked = all(_learned(one, bars, samples, level) == "yes" for one in (a, b))
+    if not asked or np.isnan(row[1]):
+        return row, "not tested here"
+    return row, "better" if row[1] > 0 else "worse" if row[2] < 0 else "no difference shown"
+
+
+def _learned(model: Model, floors: Mapping[str, pd.DataFrame], samples: int, level: str) -> str:
+    """Say in the words of `against_floors` whether a model learned; the floors are of the same images."""
+    model = _predictions(model)
+
+    def gain(floor: pd.DataFrame) -> np.ndarray:
+        return metrics.paired_difference(model, floor, level, samples).loc["auroc"].to_numpy()
+
+    _, low, high, _ = gain(model.assign(probability=0.5))  # a coin: its AUROC is 0.5 in every resample
+    if not low > 0:
+        below = f"no: interval {'holds' if high >= 0 else 'is below'} 0.5"
+        return "not tested here" if np.isnan(low) else below
+    unbeaten = [name for name, floor in floors.items() if not gain(floor)[1] > 0]
+    return f"not shown: no better than {' and '.join(unbeaten)}" if unbeaten else "yes"
+
+
+def _among(floors: Models, model: Model) -> dict[str, pd.DataFrame]:
+    """Of each floor's predictions those of the images that the model was scored on."""
+    tables = {name: _predictions(floor) for name, floor in floors.items()}
+    return {name: floor[floor["path"].isin(_predictions(model)["path"])] for name, floor in tables.items()}
 
 
 def _predictions(model: Model) -> pd.DataFrame:

@@ -11,12 +11,13 @@ from scipy.stats import rankdata
 from sklearn import metrics as sk
 
 from mura_course import metrics
+from mura_course.errors import PredictionsError
 
 
 def make(labels, probabilities, patients=None, parts="HAND", views_per_study=1):
     """Predictions with one row per label; patients default to one per row."""
     patients = np.arange(len(labels)) if patients is None else np.asarray(patients)
-    study = [f"{parts}/patient{p}/study{i // views_per_study}" for i, p in enumerate(patients)]
+    study = [f"patient{p}/study{i // views_per_study}" for i, p in enumerate(patients)]
     columns = {"body_part": parts, "patient": patients, "study": study}
     return pd.DataFrame(columns | {"label": labels, "probability": probabilities})
 
@@ -31,13 +32,21 @@ def simulate(patients, rng, between=1.0):
     return make(label, 1 / (1 + np.exp(-logit)), patient)
 
 
-def reference(label, probability):
-    """scikit-learn's answers; NaN where there is none."""
+def pair_by_pair(label, probability, part):
+    """AUROC within body part as it is defined, one (abnormal, normal) pair after the other."""
+    rows = list(zip(label, probability, part, strict=True))
+    won = [(p > q) + (p == q) / 2 for y, p, a in rows for z, q, b in rows if y > z and a == b]
+    return np.mean(won) if won else float("nan")
+
+
+def reference(label, probability, part=None):
+    """scikit-learn's answers, and that of `pair_by_pair`; NaN where there is none."""
     called, nan = np.asarray(probability) > 0.5, float("nan")
     one_call = len(set(label) | set(called)) == 1
     return {
         "accuracy": sk.accuracy_score(label, called),
         "auroc": sk.roc_auc_score(label, probability) if len(set(label)) == 2 else nan,
+        "auroc_within": pair_by_pair(label, probability, np.zeros_like(label) if part is None else part),
         "kappa": nan if one_call else sk.cohen_kappa_score(label, called),
         "sensitivity": sk.recall_score(label, called, zero_division=nan),
         "specificity": sk.recall_score(label, called, pos_label=0, zero_division=nan),
@@ -46,7 +55,12 @@ def reference(label, probability):
 
 
 scored = st.lists(
-    st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.2, 0.5, 0.5000001, 0.7, 1.0]), st.integers(0, 4)),
+    st.tuples(
+        st.integers(0, 1),
+        st.sampled_from([0.0, 0.2, 0.5, 0.5000001, 0.7, 1.0]),
+        st.integers(0, 4),
+        st.sampled_from(["WRIST", "HAND", "ELBOW"]),
+    ),
     min_size=1,
     max_size=40,
 )
@@ -55,25 +69,28 @@ scored = st.lists(
 @given(scored)
 @settings(max_examples=40, deadline=None)
 def test_values_equal_scikit_learn(rows):
-    label, probability, patient = (list(column) for column in zip(*rows, strict=True))
-    report = metrics.image_report(make(label, probability, patient), samples=0).loc["OVERALL"]
-    for metric, expected in reference(label, probability).items():
-        assert report[metric]["value"] == pytest.approx(expected, nan_ok=True, abs=1e-12), metric
+    label, probability, patient, part = (list(column) for column in zip(*rows, strict=True))
+    report = metrics.image_report(make(label, probability, patient, part), samples=0)
+    for metric, expected in reference(label, probability, part).items():
+        found = report.loc["OVERALL", (metric, "value")]
+        assert found == pytest.approx(expected, nan_ok=True, abs=1e-12), metric
+    single = report.drop(index="OVERALL")
+    pd.testing.assert_frame_equal(single["auroc"], single["auroc_within"], check_exact=True)
 
 
 @given(scored, st.integers(0, 2**32 - 1))
 @settings(max_examples=25, deadline=None)
 def test_every_resample_equals_scikit_learn_with_weights(rows, seed):
     """The vectorised bootstrap is the same as repeating each patient's rows as often as it was drawn."""
-    label, probability, patient = (np.array(column) for column in zip(*rows, strict=True))
+    label, probability, patient, part = (np.array(column) for column in zip(*rows, strict=True))
     _, patient = np.unique(patient, return_inverse=True)
-    scorer, patients = metrics.Scorer(make(label, probability, patient), 0.5), patient.max() + 1
+    scorer, patients = metrics.Scorer(make(label, probability, patient, part), 0.5), patient.max() + 1
     for weights in metrics.resample(patients, len(label), 4, np.random.default_rng(seed)):
         found = scorer(weights)
         assert (weights.sum(axis=1) == patients).all()
         for i, drawn in enumerate(weights):
             repeated = np.repeat(np.arange(len(label)), drawn[patient].astype(int))
-            for metric, expected in reference(label[repeated], probability[repeated]).items():
+            for metric, expected in reference(*(c[repeated] for c in (label, probability, part))).items():
                 assert found[metric][i] == pytest.approx(expected, nan_ok=True, abs=1e-12), metric
 
 
@@ -121,6 +138,8 @@ def test_study_probability_is_the_mean_over_views():
     assert report.loc["OVERALL", "n"] == 2 and set(report["level"]) == {"study"}
     assert report.loc["OVERALL", ("auroc", "value")] == 1.0  # by image it is not
     assert metrics.image_report(predictions, samples=20).loc["OVERALL", ("auroc", "value")] < 1
+    tied = metrics.study_predictions(predictions.iloc[2:].assign(probability=0.2))  # 1 view and 3 views
+    assert tied["probability"].tolist() == [0.2, 0.2]  # the mean of three floats 0.2 is not 0.2
 
 
 def test_order_of_rows_and_other_parts_change_nothing():
@@ -173,6 +192,10 @@ def test_a_paired_difference_has_a_sign_and_no_order(seed):
     back = metrics.paired_difference(b.sample(frac=1, random_state=seed), a, samples=50)
     np.testing.assert_allclose(back["value"], -forth["value"])
     np.testing.assert_allclose(back[["low", "high"]], -forth[["high", "low"]], atol=1e-12)
+    seeds = metrics.paired_difference([a, b, b], [b, b, b], samples=50)  # the mean of scores
+    np.testing.assert_allclose(seeds.to_numpy()[:, :3], forth.to_numpy()[:, :3] / 3, atol=1e-12)
+    with pytest.raises(PredictionsError, match="not of the same"):
+        metrics.paired_difference(a, [a, b.assign(body_part="WRIST")])
     same = metrics.paired_difference(a, a, samples=50).dropna()
     assert (same[["value", "low", "high"]] == 0).all(axis=None)
     by_study = metrics.paired_difference(a, b, level="study", samples=0)

@@ -10,9 +10,10 @@ from making import make_index, make_predictions
 from mura_course import metrics, profiles, reports, runs
 from mura_course.errors import PredictionsError
 
-INDEX = make_index(patients=60)
+INDEX = make_index(patients=200)
 TEST = INDEX[INDEX["split"].eq("test")]
 GOOD, POOR = make_predictions(TEST, 8, seed=0), make_predictions(TEST, 0, seed=1)
+FAIR = make_predictions(TEST, 1, seed=3)
 
 
 def test_the_data_are_named_from_an_index_predictions_a_run_or_its_info(tmp_path):
@@ -93,24 +94,76 @@ def test_a_difference_is_a_number_an_interval_and_a_word():
     assert reports.difference(GOOD, POOR, "f1", samples=20, level="study") == f"{by_study}: better"
 
 
+def test_models_stand_beside_the_floors_that_they_must_beat():
+    floors = {"parts": make_predictions(INDEX, 1, seed=10), "noise": make_predictions(INDEX, 0, seed=4)}
+    models = {"good": GOOD, "fair": FAIR, "poor": POOR, "same": POOR.assign(probability=0.3)}
+    models["reversed"] = GOOD.assign(probability=1 - GOOD["probability"])
+    found = reports.against_floors(models, floors, samples=200)
+    beside = reports.image_reports({"noise": floors["noise"].loc[TEST.index]}, 200)
+    columns = ["AUROC", "AUROC within body part", "Accuracy"]
+    assert found.loc["noise", columns].tolist() == reports.overall(beside).loc["noise", columns].tolist()
+    assert found.columns.tolist() == [*columns, "learned"]
+    assert found["learned"].to_dict() == {
+        "good": "yes",
+        "fair": "not shown: no better than parts",
+        "poor": "no: interval holds 0.5",
+        "same": "no: interval holds 0.5",
+        "reversed": "no: interval is below 0.5",
+        "parts": "floor",
+        "noise": "floor",
+    }
+    one_class = reports.against_floors({"good": GOOD[TEST["label"].eq(0)]}, {}, 50, "study")
+    assert one_class["learned"].tolist() == ["not tested here"]
+    with pytest.raises(PredictionsError, match="not of the same 40 and 80 images"):
+        reports.against_floors({"good": GOOD, "half": GOOD[::2]}, floors, 10)
+
+
 def test_a_question_that_could_not_be_asked_has_no_verdict():
     constant, normal = POOR.assign(probability=0.4), TEST["label"].eq(0)
     assert reports.difference(GOOD, constant, samples=50).endswith(": not tested here")
     assert reports.difference(GOOD[normal], POOR[normal], samples=50) == "undefined: not tested here"
+    strong = {"strong": make_predictions(INDEX, 8, seed=5)}
+    words = [reports.difference(GOOD, FAIR, samples=100, floors=floors) for floors in (None, {}, strong)]
+    assert [text.partition("]: ")[2] for text in words] == ["better", "better", "not tested here"]
+    assert reports.difference(GOOD, POOR, samples=100, floors={}).endswith("]: not tested here")
     for claim in ("better", "worse", "no big difference"):
-        assert reports.agreement(claim, GOOD, constant, samples=50) == "not tested here"
+        for other, floors in ((constant, None), (POOR, None), (FAIR, strong)):
+            assert reports.agreement(claim, GOOD, other, samples=100, floors=floors) == "not tested here"
+
+
+def test_a_claim_about_pretraining_needs_two_pretrained_models():
+    a, b = GOOD.copy(), FAIR.copy()
+    for weights, verdict in (("imagenet", "agrees"), ("random", "not tested here")):
+        a.attrs, b.attrs = GOOD.attrs | {"weights": "imagenet"}, FAIR.attrs | {"weights": weights}
+        assert reports.agreement("better", a, b, about_pretraining=True, samples=100) == verdict
+        assert reports.agreement("better", a, b, samples=100) == "agrees"
+    assert reports.agreement("better", GOOD, FAIR, about_pretraining=True, samples=9) == "not tested here"
 
 
 def test_a_claim_agrees_disagrees_or_cannot_be_told():
-    other = make_predictions(TEST, 0, seed=2)
-    claims = [("better", GOOD, POOR), ("better", POOR, GOOD), ("worse", POOR, GOOD), ("better", POOR, other)]
+    other = make_predictions(TEST, 1, seed=6)
+    claims = [("better", GOOD, FAIR), ("better", FAIR, GOOD), ("worse", FAIR, GOOD), ("better", FAIR, other)]
     answers = [reports.agreement(*claim, samples=100) for claim in claims]
     assert answers == ["agrees", "disagrees", "agrees", "cannot tell"]
-    same = [reports.agreement("no big difference", GOOD, b, samples=100) for b in (GOOD, POOR, GOOD[::-1])]
+    same = [reports.agreement("no big difference", GOOD, b, samples=100) for b in (GOOD, FAIR, GOOD[::-1])]
     assert same == ["agrees", "disagrees", "agrees"]
-    assert reports.agreement("no big difference", POOR, other, samples=100) == "cannot tell"
+    assert reports.agreement("no big difference", FAIR, other, samples=100) == "cannot tell"
     with pytest.raises(PredictionsError, match="claim must be one of 'better'"):
         reports.agreement("slightly better", GOOD, POOR)
+
+
+def test_over_seeds_differences_of_scores_are_averaged():
+    ours, theirs = ([make_predictions(TEST, signal, seed) for seed in range(3)] for signal in (2, 1))
+    each = [metrics.paired_difference(a, b)["value"]["kappa"] for a, b in zip(ours, theirs, strict=True)]
+    mean = metrics.paired_difference(ours, theirs)
+    assert mean["value"]["kappa"] == pytest.approx(np.mean(each))
+    text = (
+        f"{reports.format_difference(mean, 'kappa', 2)} over 3 seeds ({min(each):+.2f} to {max(each):+.2f})"
+    )
+    assert reports.over_seeds(ours, theirs, "kappa") == text
+    for a, b in ((ours, theirs[:2]), ([], [])):
+        with pytest.raises(PredictionsError, match="give as many of each"):
+            reports.over_seeds(a, b)
 
 
 def test_the_fraction_right_has_an_interval_over_patients():

@@ -18,6 +18,7 @@ from .batches import (
     kn_datasets,
     rotate,
 )
+from .floors import floors, white_fraction
 from .index import (
     BODY_PARTS,
     describe,

@@ -72,17 +72,16 @@ def split_dev(index: pd.DataFrame, fraction: float = 0.1, by: str = "patient", s
 
 
 def sample_patients(split: pd.DataFrame, fraction: float, seed: int = 0) -> pd.DataFrame:
-    """Keep a random `fraction` of the train and dev patients, at least two of each, and all test images.
+    """Keep a random `fraction` of the train patients, at least two, and all dev and test images.
 
-    A fraction of 1 or more keeps everything. The same seed gives the same patients.
+    A fraction of 1 or more keeps everything. The same seed gives the same patients. The dev set stays whole,
+    because a choice made on a few films (an epoch, a threshold) is a draw of chance.
     """
     if fraction >= 1:
         return split
-    keep = split["split"].eq("test")
-    for number, side in enumerate(("train", "dev")):
-        patients = np.sort(split.loc[split["split"].eq(side), "patient"].unique())
-        # Sorting draws: a choice that no NumPy version may change.
-        order = np.argsort(np.random.default_rng((seed, number)).random(len(patients)), kind="stable")
-        chosen = patients[order[: max(2, round(fraction * len(patients)))]]
-        keep |= split["split"].eq(side) & split["patient"].isin(list(chosen))
-    return split.loc[keep]
+    train = split["split"].eq("train")
+    patients = np.sort(split.loc[train, "patient"].unique())
+    # Sorting draws: a choice that no NumPy version may change.
+    order = np.argsort(np.random.default_rng((seed, 0)).random(len(patients)), kind="stable")
+    chosen = patients[order[: max(2, round(fraction * len(patients)))]]
+    return split.loc[~train | split["patient"].isin(list(chosen))]

@@ -99,16 +99,15 @@ def test_too_few_images_are_not_split(by):
         data.split_dev(index[index["patient"].le(2)], by=by)
 
 
-def test_sampled_patients_keep_all_their_images_and_the_test_set():
-    split = data.split_dev(random_index(300))
+@pytest.mark.parametrize("by", ["patient", "image"])  # by image, a patient stands on both sides
+def test_sampled_train_patients_keep_all_their_images_and_dev_and_test_stay_whole(by):
+    split = data.split_dev(random_index(300), by=by)
     few = data.sample_patients(split, 0.25)
-    for name in ("train", "dev"):
-        before, after = split[split["split"].eq(name)], few[few["split"].eq(name)]
-        assert after["patient"].nunique() == round(0.25 * before["patient"].nunique())
-        pd.testing.assert_frame_equal(after, before[before["patient"].isin(after["patient"])])
-    pd.testing.assert_frame_equal(few[few["split"].eq("test")], split[split["split"].eq("test")])
+    before, after = (table[table["split"].eq("train")] for table in (split, few))
+    assert after["patient"].nunique() == round(0.25 * before["patient"].nunique())
+    pd.testing.assert_frame_equal(after, before[before["patient"].isin(after["patient"])])
+    pd.testing.assert_frame_equal(*(table[table["split"].ne("train")] for table in (few, split)))
     pd.testing.assert_frame_equal(data.sample_patients(split, 0.25), few)
     assert set(data.sample_patients(split, 0.25, seed=1)["patient"]) != set(few["patient"])
     assert data.sample_patients(split, 1) is split
-    fewest = data.sample_patients(split, 1e-9).groupby("split")["patient"].nunique()
-    assert fewest["dev"] == fewest["train"] == 2
+    assert data.sample_patients(split, 1e-9).query("split == 'train'")["patient"].nunique() == 2
