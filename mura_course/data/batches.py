@@ -66,6 +66,7 @@ KL_AUGMENT = Augment(rotation=30.0, flip=0.5)
 # KN 2.1: random autocontrast and random horizontal flip, each with a probability of 50 %.
 KN_AUGMENT = Augment(flip=0.5, autocontrast=0.5)
 AUGMENTS: dict[str, Augment | None] = {"none": None, "KL": KL_AUGMENT, "KN": KN_AUGMENT}
+AUGMENTS["flip15"] = Augment(rotation=15.0, flip=0.5)  # what a film may look like in practice
 
 
 def rotate(image: np.ndarray, degrees: float, mirror: bool = False) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""What a frozen backbone makes of the images, computed once and kept (room: data; chapters 5 and 7).
+"""What a frozen network makes of the images, computed once and kept (room: data; chapters 5 and 7).
 
-A frozen backbone turns an image into the same numbers in every epoch, and an augmented image into others,
-unless a number of *views* is agreed on. Writes below ``<cache folder>/features``. Imports no framework: an
-`Extractor` brings it.
+A frozen backbone turns an image into the same features in every epoch, its lower blocks into the same maps,
+and an augmented image into others, unless a number of *views* is agreed on. Writes below
+``<cache folder>/features``. Imports no framework: an `Extractor` brings it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FORMAT = 2  # part of a key: raise it when what `Batches` makes of an image chan
 
 Extractor: TypeAlias = Any
 """What `extract` wants of a backbone, whichever framework it is made of: it is called with images, float32 as
-its `scale` and `layout` say, and gives features, float32 (len(x), dim).
+its `scale` and `layout` say, and gives features, float32 (len(x), dim), or maps, float32 (len(x), *dim).
 
 Its attributes: `name` and `digest` (str) of the architecture and of its weights (`digest_of`); `size` (int or
-None), the side in pixels that it takes, None for any; `dim` (int), how many features it gives; `scale` and
-`layout` (str), as `Batches` has them.
+None), the side in pixels that it takes, None for any; `dim` (int or tuple of int), how many features it gives
+or the shape of its maps; `scale` and `layout` (str), as `Batches` has them.
 """
 
 
@@ -40,14 +40,16 @@ def digest_of(arrays: Iterable[np.ndarray]) -> str:
 
 
 class FeatureBatches(Batches):
-    """Batches (x, y) with features in place of images: x is float32 (n, dim), all else as in `Batches`.
+    """Batches (x, y) with features or maps in place of images: x is float32 (n, dim) or (n, *dim).
+
+    All else is as in `Batches`.
 
     Parameters
     ----------
     of : Batches
         Whose rows, orders and targets these are; its own epoch stays where it is.
     views : list of ndarray
-        float32 (len(of.index), dim), row i for row i of the index; epoch e brings view e modulo their number.
+        (len(of.index), ...), row i for row i of the index; epoch e brings view e modulo their number.
     """
 
     def __init__(self, of: Batches, views: list[np.ndarray]) -> None:
@@ -57,7 +59,8 @@ class FeatureBatches(Batches):
 
     def _batch(self, i: int) -> tuple[np.ndarray, Targets]:
         members = self._members(i)
-        return self.views[self.epoch % len(self.views)][members], self.targets(members)
+        view = self.views[self.epoch % len(self.views)][members]
+        return np.asarray(view, np.float32), self.targets(members)
 
 
 def extract(extractor: Extractor, batches: Batches, views: int = 1, progress: bool = True) -> FeatureBatches:
@@ -82,7 +85,7 @@ def extract(extractor: Extractor, batches: Batches, views: int = 1, progress: bo
     Raises
     ------
     DataError
-        The backbone takes images of another size.
+        The backbone takes images of another size, or tells no two images apart.
     DiskError
         No room, no permission, or damaged features (their hash is checked once a process).
 
@@ -100,15 +103,22 @@ def extract(extractor: Extractor, batches: Batches, views: int = 1, progress: bo
 
 
 def _view(extractor: Extractor, batches: Batches, number: int, progress: bool) -> np.ndarray:
-    """One cached array, float32 (len(batches.index), dim)."""
+    """One cached array: features, float32 (len(batches.index), dim), or maps, float16 (..., *dim)."""
     augment, rows = batches.augment, batches.index["path"].tolist()
     changes = [repr(augment), batches.seed, number] if augment else None
     backbone = [extractor.name, extractor.digest, extractor.scale, extractor.layout, extractor.dim]
     key = [FORMAT, backbone, batches.store.folder.name, changes, rows]
     name = f"{extractor.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
     file = paths.cache_dir() / "features" / name / "features.npy"
-    blocks = _compute(extractor, batches, number, progress)
-    return cached_array(file, (len(rows), extractor.dim), np.float32, blocks)
+    dim = extractor.dim if isinstance(extractor.dim, tuple) else (extractor.dim,)
+    kind = np.float16 if len(dim) > 1 else np.float32
+    blocks = (np.ascontiguousarray(x, kind) for x in _compute(extractor, batches, number, progress))
+    found = cached_array(file, (len(rows), *dim), kind, blocks)
+    spread = np.std(found[:256], axis=0, dtype=np.float64).max()
+    if len(rows) > 1 and not spread > 1e-6:  # also where it is no number
+        what = f"{extractor.name} makes the same of every image (standard deviation {spread:.0e})."
+        raise DataError(f"{what} Take ImageNet's weights, or call `calibrate` on a random network.")
+    return found
 
 
 def _compute(extractor: Extractor, batches: Batches, number: int, progress: bool) -> Iterator[np.ndarray]:
@@ -118,5 +128,5 @@ def _compute(extractor: Extractor, batches: Batches, number: int, progress: bool
     title = f"{extractor.name}, once per image"
     with tqdm(total=len(source.index), desc=title, unit="image", leave=False, disable=not progress) as bar:
         for x, _ in source.some(range(len(source))):
-            yield np.ascontiguousarray(extractor(x), np.float32)
+            yield extractor(x)
             bar.update(len(x))

@@ -23,6 +23,7 @@ from keras import layers
 
 from .. import disk, paths
 from .. import weights as imagenet
+from ..data import Batches
 from ..data.features import digest_of
 from ..errors import ModelError, WeightsError, one_of
 from ..profiles import Profile
@@ -188,7 +189,7 @@ def extractor(
     size : int, optional
         Side of the images in pixels, 32 or more; by default the report's.
     weights : {"imagenet", "random"}
-        See `find_weights`.
+        See `find_weights`. Call `calibrate` on random ones.
     trainable : bool
         Whether the layer ``model.get_layer(name)`` is; see `set_trainable`.
 
@@ -213,7 +214,7 @@ def extractor(
     file = str(weights_file(name)) if weights == "imagenet" else None
     inputs = keras.Input((size, size, 3), name="Input")
     base = known.build(weights=file, input_shape=(size, size, 3), pooling="max", name=name)
-    set_trainable(base, trainable)
+    set_trainable(base, trainable, batchnorm=weights == "random")
     # In float32 also under mixed precision: 255 minus a mean, by a deviation, is worth its digits.
     x = ImageNetScale(known.mode, dtype="float32", name="Scale")(inputs)
     model = keras.Model(inputs, base(x), name=f"{name}_features")
@@ -222,15 +223,77 @@ def extractor(
     return model
 
 
-def set_trainable(base: keras.Model, trainable: bool) -> None:
-    """Freeze or unfreeze a backbone; its BatchNorm layers stay frozen, and in inference mode, in any case.
+def set_trainable(base: keras.Model, trainable: bool, batchnorm: bool = False) -> None:
+    """Freeze or unfreeze a backbone; its BatchNorm layers are trained only where `batchnorm` says so, too.
 
-    Their statistics, scale and shift stay as ImageNet left them. Calling the backbone with ``training=False``
-    would not do it: Keras 3 overrides that in `fit` (keras-team/keras issue 20285).
+    Without it they stay in inference mode, and their statistics, scale and shift as ImageNet left them.
+    Calling the backbone with ``training=False`` would not do it: Keras 3 overrides that in `fit`
+    (keras-team/keras issue 20285). Random weights need `batchnorm`.
     """
     base.trainable = trainable
     for layer in base.layers:
-        layer.trainable = trainable and not isinstance(layer, layers.BatchNormalization)
+        layer.trainable = trainable and (batchnorm or not isinstance(layer, layers.BatchNormalization))
+
+
+def calibrate(model: keras.Model, batches: Batches, images: int = 256) -> None:
+    """Set the BatchNorm statistics of a backbone with random weights to those of training images.
+
+    With the initial statistics (mean 0, variance 1) the signal dies on its way through a deep random network
+    in inference mode. Here the network sees some `images` in training mode, and its statistics become the
+    average over their batches. Later training follows at a pace (0.9) that fits short trainings.
+
+    Parameters
+    ----------
+    model : keras.Model
+        What `extractor` returned; what is trainable in it stays so.
+    batches : Batches
+        Training images on the model's scale; the first of this epoch's order are taken.
+    images : int
+        How many.
+    """
+    norms = [part for part in model.layers[-1].layers if isinstance(part, layers.BatchNormalization)]
+    was_trainable = model.layers[-1].trainable
+    set_trainable(model.layers[-1], True, batchnorm=True)
+    for i, (x, _) in enumerate(batches.some(range(max(1, images // batches.batch_size))[: len(batches)])):
+        for norm in norms:
+            norm.momentum = i / (i + 1)  # what is gathered is the average
+        model(x, training=True)
+    for norm in norms:
+        norm.momentum = 0.9
+    set_trainable(model.layers[-1], was_trainable, batchnorm=True)
+
+
+def divide(model: keras.Model, block: str, batchnorm: bool = False) -> tuple[keras.Model, keras.Model]:
+    """Divide a frozen model of `extractor` after one of its backbone's layers; both parts share its weights.
+
+    Parameters
+    ----------
+    model : keras.Model
+        What `extractor` returned.
+    block : str
+        Name of a layer through which all that comes later passes, e.g. "block5_2_add" of EfficientNet-Lite0.
+    batchnorm : bool
+        Whether the BatchNorm layers above it are trained, too. Without it, nothing keeps the signal in range:
+        take a tenth of the learning rate (1e-4 learns where 1e-3 ends in a dead network).
+
+    Returns
+    -------
+    trunk, top : keras.Model
+        Images to the layer's maps, frozen; these maps to features, trainable.
+
+    Raises
+    ------
+    ModelError
+        No such layer.
+    """
+    base = model.layers[-1]
+    one_of("the last frozen layer", block, [layer.name for layer in base.layers], ModelError)
+    x, inputs = base.get_layer(block).output, keras.Input(model.input_shape[1:])
+    below, top = keras.Model(base.input, x), keras.Model(x, base.output)
+    set_trainable(top, True, batchnorm)
+    trunk = keras.Model(inputs, below(model.get_layer("Scale")(inputs)), name=f"{base.name}_{block}")
+    trunk.expected_scale = model.expected_scale
+    return trunk, top
 
 
 def find_weights(name: str, profile: Profile) -> str:
@@ -254,7 +317,7 @@ def weights_file(name: str) -> Path:
     """
     known = backbone(name)
     if not known.url:
-        return _lite0_file()
+        return _converted_file(name)
     folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
     return imagenet.retrieve(known.url, folder / known.url.rpartition("/")[2], known.digest, "md5")
 
@@ -267,11 +330,11 @@ numpy.savez(open(sys.argv[2], "wb"), **weights)
 """
 
 
-def _lite0_file() -> Path:
+def _converted_file(name: str) -> Path:
     """EfficientNet-Lite0's weights as .npz, converted once from the package's .pth and kept in the cache."""
     converted = paths.cache_dir() / "weights" / "efficientnet-lite0.npz"
     if not _is_whole(converted):
-        source = imagenet.lite0_file()
+        source = imagenet.lite_file(name)
         with disk.atomic(converted) as beside:
             command = [sys.executable, "-c", CONVERT, source, beside]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -290,14 +353,18 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def forward(model: keras.Model, x: np.ndarray, size: int) -> np.ndarray:
-    """Apply a model to `x`, filled up to `size` images: another number would be traced anew, slowly."""
+def forward(model: keras.Model, x: np.ndarray, size: int) -> Any:
+    """Apply a model to `x`, filled up to `size` images: another number would be traced anew, slowly.
+
+    float32 (len(x), ...), or a dict of such arrays, as the model's outputs.
+    """
     padded = np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
-    return np.asarray(model.predict_on_batch(padded), np.float32)[: len(x)]
+    found = model.predict_on_batch(padded)
+    return keras.tree.map_structure(lambda array: np.asarray(array, np.float32)[: len(x)], found)
 
 
 class KerasExtractor:
-    """A model of `extractor` as a `data.features.Extractor`.
+    """A model of `extractor`, or a trunk of `divide`, as a `data.features.Extractor`.
 
     Parameters
     ----------
@@ -309,10 +376,11 @@ class KerasExtractor:
 
     def __init__(self, model: keras.Model) -> None:
         self.model, self.name, self.scale = model, model.name, model.expected_scale
-        self.size, self.dim = model.input_shape[1], model.output_shape[1]
+        self.size, shape = model.input_shape[1], model.output_shape[1:]
+        self.dim = shape if len(shape) > 1 else shape[0]
         self.digest, self.most = digest_of(model.get_weights()), 0
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """float32 (len(x), dim)."""
+        """float32 (len(x), dim), or (len(x), *dim)."""
         self.most = max(self.most, len(x))
         return forward(self.model, x, self.most)

@@ -88,7 +88,7 @@ def transfer_model(
     backbone : {"DenseNet201", "ResNet50", "EfficientNetLite0"}
         The report's two, and one whose weights need no download.
     trainable : bool
-        Whether its weights are trained; BatchNorm stays frozen in any case.
+        Whether its weights are trained; ImageNet's BatchNorm stays frozen in any case.
     dense_units : sequence of int
         (), or the report's (128, 128, 64).
     size : int, optional

@@ -33,13 +33,14 @@ to_numpy: Any = keras.ops.convert_to_numpy
 
 
 def train(
-    name: str, recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str | None = None, root=None
+    name: str, recipe: Recipe, split: pd.DataFrame, profile: Profile, weights="", root=None, record=False
 ) -> runs.Run:
     """Find the finished run of a recipe on these data, or train it now as chapter 5 shows.
 
-    A head on a frozen backbone is trained on features that are computed once, else the whole network on
-    images. The saved model is the whole network in both cases. Early stopping watches the dev
-    set's kappa, the plateau its loss (KL 1.5.1).
+    What stands above a frozen trunk is trained on features or maps that are computed once, a whole network on
+    images; random weights are calibrated first (`backbones.calibrate`). The saved model is the whole network
+    in any case. Early stopping watches the dev set's kappa, the plateau its loss (KL 1.5.1). The predictions
+    are of the dev and test images.
 
     Parameters
     ----------
@@ -52,8 +53,8 @@ def train(
     profile : Profile
         Says how to use the machine (threads, GPUs, tracing), and is part of the run's identity.
     weights : {"imagenet", "random"}, optional
-        By default what `backbones.find_weights` says.
-    root : path, optional
+        By default ("") what `backbones.find_weights` says.
+    root, record
         As `runs.fit_or_load`.
 
     Raises
@@ -64,46 +65,53 @@ def train(
         What `backbones.weights_file` and `runs.fit_or_load` raise.
     """
     stage = recipe.stages[0]
-    others = (stage.target != "label", stage.steps, stage.fraction, recipe.parts, recipe.augment == "KN")
+    others = (stage.target != "label", stage.steps, stage.fraction, stage.schedule, recipe.parts)
     if len(recipe.stages) > 1 or any(others):
-        raise TrainingError("Keras trains one stage, in epochs, on the label of all parts, as KL augments.")
+        raise TrainingError("Keras trains one stage, in epochs, on the label of all parts, unscheduled.")
     start = weights or backbones.find_weights(recipe.backbone, profile)
 
     def make(workdir: Path) -> tuple[keras.Model, pd.DataFrame, pd.DataFrame]:
         return _train(recipe, split, profile, start, workdir)
 
-    return runs.fit_or_load(name, recipe.config(), make, split, profile, start, root)
+    return runs.fit_or_load(name, recipe.config(), make, split, profile, start, root, record=record)
 
 
 def _train(recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str, workdir: Path):
-    """Train: the network, its history, its predictions on test."""
+    """Train: the network, its history, its predictions on dev and test."""
     stage, films = recipe.stages[0], data.sample_patients(split, recipe.fraction, recipe.seed)
     store = data.PixelStore.open_or_build(films, recipe.size, workers=profile.workers)
     options = {"batch_size": recipe.batch_size, "seed": recipe.seed, "workers": profile.workers}
     sets = data.kl_datasets(films, store, scale="0..255", **options)
-    names = ("train original" if recipe.augment == "none" else "train augmented", "validation", "test")
-    train, dev, test = (sets[name] for name in names)
+    train, dev, test = (sets[name] for name in ("train original", "validation", "test"))
+    train.augment, is_random = data.AUGMENTS[recipe.augment], weights == "random"
     keras.utils.set_random_seed(recipe.seed)
     with contextlib.nullcontext() if stage.frozen else on_devices(profile):
         extractor = backbones.extractor(recipe.backbone, recipe.size, weights, not stage.frozen)
+        if is_random:
+            backbones.calibrate(extractor, train)
         keras.utils.set_random_seed(recipe.seed)  # the head does not depend on how the backbone was made
         head = models.transfer_head(extractor.output_shape[1], stage.head or (), recipe.dropout)
-        model = head if stage.frozen else models.with_head(extractor, head)
+        trunk, model = extractor, head if stage.frozen else models.with_head(extractor, head)
+        if isinstance(stage.frozen, str):
+            trunk, top = backbones.divide(extractor, stage.frozen, batchnorm=is_random)
+            model = keras.Model(top.input, head(top.output))
         compiled(model, stage, profile.run_eagerly and not stage.frozen)
     if stage.frozen:
-        known = backbones.KerasExtractor(extractor)
+        known = backbones.KerasExtractor(trunk)
         train, dev, test = (extract(known, batches, stage.views) for batches in (train, dev, test))
     history = fit(model, train, dev, stage.epochs or 0, workdir, stopping(stage))
+    found = pd.concat([predict(model, dev), predict(model, test)])
     # Joined anew: the whole network, without the optimiser's state.
-    return models.with_head(extractor, head), history, predict(model, test)
+    return models.with_head(extractor, head), history, found
 
 
 def compiled(model: keras.Model, stage: Stage, run_eagerly: bool = False) -> keras.Model:
-    """Compile a model as the report: Adam, binary cross-entropy, the metrics of its figures."""
-    adam, watched = keras.optimizers.Adam(stage.learning_rate), models.abnormality_metrics()
+    """Compile a model as the report: Adam (or AdamW), binary cross-entropy, the metrics of its figures."""
+    # With a weight decay, Keras's Adam is AdamW.
+    adam = keras.optimizers.Adam(stage.learning_rate, weight_decay=stage.weight_decay or None)
     # XLA needs minutes for networks of this depth and, on a CPU, is slower afterwards.
     options: Any = {"run_eagerly": run_eagerly, "jit_compile": False}
-    model.compile(adam, "binary_crossentropy", metrics=watched, **options)
+    model.compile(adam, "binary_crossentropy", metrics=models.abnormality_metrics(), **options)
     return model
 
 
@@ -155,7 +163,8 @@ def fit(
     model : keras.Model
         Compiled. Batches on another scale than its `expected_scale` are refused.
     train, dev : Batches
-        Order and augmentation depend on the epoch alone.
+        Order and augmentation depend on the epoch alone. Several targets are a dict, and so must the model's
+        outputs be.
     epochs : int
         At most.
     workdir : Path, optional
@@ -193,13 +202,20 @@ def fit(
 
 
 def predict(model: keras.Model, batches: data.Batches) -> pd.DataFrame:
-    """Return the rows of the index behind `batches`, in their order, with `probability`, float64."""
+    """Return the rows of the index behind `batches`, in their order, with `probability`, float64.
+
+    A model with the outputs "label" and "body_part" (a dict) also gives a column for each of
+    `data.BODY_PARTS`.
+    """
     if hasattr(model, "expected_scale"):
         data.check_scale(model.expected_scale, batches)
     size = min(batches.batch_size, len(batches.index))
-    parts = [backbones.forward(model, x, size) for x, _ in batches.some(range(len(batches)))]
-    probability = np.concatenate(parts).reshape(-1).astype(float)
-    return batches.index.iloc[batches.order[: len(probability)]].assign(probability=probability)
+    said = [backbones.forward(model, x, size) for x, _ in batches.some(range(len(batches)))]
+    found: Any = keras.tree.map_structure(lambda *ones: np.concatenate(ones).astype(float), *said)
+    label = (found.pop("label") if isinstance(found, dict) else found).reshape(-1)
+    rows = batches.index.iloc[batches.order[: len(label)]].assign(probability=label)
+    parts = zip(data.BODY_PARTS, found["body_part"].T, strict=True) if isinstance(found, dict) else ()
+    return rows.assign(**dict(parts))
 
 
 def _dataset(model: keras.Model, batches: data.Batches) -> Any:

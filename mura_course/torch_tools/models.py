@@ -7,7 +7,9 @@ Writes only where torch keeps downloaded weights, and where `runs` asks for a mo
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import torchvision
 from torch import nn
 
 from .. import runs, weights
-from ..data import features
+from ..data import Batches, features
 from ..errors import ModelError, RunError, one_of
 
 Head = str | Sequence[int]
@@ -34,42 +36,44 @@ class Backbone(NamedTuple):
     Attributes
     ----------
     build : callable
-        () -> module with random weights: images (n, 3, side, side) to features (n, dim), the map's averages.
+        () -> nn.Sequential with random weights: images (n, 3, side, side) to features (n, dim), the averages
+        of the last maps.
     dim : int
         How many features it gives.
     scale : str
         Of the pixels, as `data.SCALES` has them.
     blocks : tuple of str
-        Its parts in order, from the image to the features; what comes before the first is the stem.
+        Its trained parts in order, from the image to the features; what comes before the first is the stem.
     """
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], nn.Sequential]
     dim: int
     scale: str
     blocks: tuple[str, ...]
 
 
-def _resnet18() -> nn.Module:
-    module = torchvision.models.resnet18(weights=None)
-    module.fc = nn.Identity()  # type: ignore[assignment]
-    return module
+def _resnet18() -> nn.Sequential:
+    whole = torchvision.models.resnet18(weights=None)
+    whole.fc = nn.Flatten()  # type: ignore[assignment]
+    return nn.Sequential(OrderedDict(whole.named_children()))
 
 
-def _lite0() -> nn.Module:
-    """Cut EfficientNet-Lite0 of the package `efficientnet-lite-pytorch` into blocks, without its top.
+def _lite(name: str) -> nn.Sequential:
+    """Cut EfficientNet-Lite0, 1 or 2 of the package `efficientnet-lite-pytorch` into blocks, without its top.
 
-    Sides are multiples of 32. Its drop-connect is left out. Its BatchNorm layers gather their statistics at
-    PyTorch's usual pace: at the package's they would follow only after hundreds of steps.
+    Sides are multiples of 32, to which 224 sets the padding. Its drop-connect is left out. Its BatchNorm
+    layers gather their statistics at PyTorch's usual pace: at the package's they would follow only after
+    hundreds of steps.
     """
     from efficientnet_lite_pytorch import EfficientNet
 
-    whole, module = EfficientNet.from_name("efficientnet-lite0"), nn.Sequential()
+    whole: Any = EfficientNet.from_name(f"efficientnet-lite{name[-1]}", image_size=224)
+    module = nn.Sequential()
     module.stem = nn.Sequential(whole._conv_stem, whole._bn0, nn.ReLU6())
     # A block ends where the map is about to be halved: 1/4, 1/8, 1/16, 1/32 of the image's side.
-    module.layer1 = nn.Sequential(*whole._blocks[:3])
-    module.layer2 = nn.Sequential(*whole._blocks[3:5])
-    module.layer3 = nn.Sequential(*whole._blocks[5:11])
-    module.layer4 = nn.Sequential(*whole._blocks[11:])
+    halving = [i for i, part in enumerate(whole._blocks) if part._depthwise_conv.stride[0] == 2]
+    for i, (first, end) in enumerate(pairwise([0, *halving[1:], len(whole._blocks)]), start=1):
+        module.add_module(f"layer{i}", nn.Sequential(*whole._blocks[first:end]))
     module.last = nn.Sequential(whole._conv_head, whole._bn1, nn.ReLU6())
     module.average = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for layer in module.modules():
@@ -79,14 +83,13 @@ def _lite0() -> nn.Module:
 
 
 _LAYERS = ("layer1", "layer2", "layer3", "layer4")
-BACKBONES = {
-    "ResNet18": Backbone(_resnet18, 512, "imagenet", _LAYERS),
-    "EfficientNetLite0": Backbone(_lite0, 1280, "-1..1", (*_LAYERS, "last")),
+BACKBONES = {"ResNet18": Backbone(_resnet18, 512, "imagenet", _LAYERS)} | {
+    name: Backbone(functools.partial(_lite, name), 1280, "-1..1", (*_LAYERS, "last")) for name in weights.LITE
 }
-"""By name: the report's backbone (KN 2.2), and the one whose weights need no download."""
+"""By name: the report's backbone (KN 2.2), and three whose weights need no download."""
 
 
-def backbone(name: str, weights: str = "imagenet") -> nn.Module:
+def backbone(name: str, weights: str = "imagenet") -> nn.Sequential:
     """Build a backbone: images to features.
 
     Parameters
@@ -94,11 +97,11 @@ def backbone(name: str, weights: str = "imagenet") -> nn.Module:
     name : str
         One of `BACKBONES`.
     weights : {"imagenet", "random"}
-        Its weights.
+        Its weights. Call `calibrate` on a random one.
 
     Returns
     -------
-    nn.Module
+    nn.Sequential
         float32 (n, 3, side, side) on the backbone's scale -> float32 (n, dim).
 
     Raises
@@ -112,7 +115,7 @@ def backbone(name: str, weights: str = "imagenet") -> nn.Module:
     if one_of("weights", weights, ("imagenet", "random"), ModelError) == "imagenet":
         stored = torch.load(weights_file(name), map_location="cpu", weights_only=True)
         wanted = [array for layer, array in stored.items() if "fc." not in layer]  # without its 1,000 classes
-        # The same layers in the same order; Lite0's package has other names for them.
+        # The same layers in the same order; the packages of EfficientNet-Lite have other names for them.
         module.load_state_dict(dict(zip(module.state_dict(), wanted, strict=True)))
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster everywhere
 
@@ -122,8 +125,8 @@ def weights_file(name: str) -> Path:
 
     WeightsError, naming file, address, digest and folder, where that is impossible.
     """
-    if one_of("the backbone", name, BACKBONES, ModelError) == "EfficientNetLite0":
-        return weights.lite0_file()
+    if one_of("the backbone", name, BACKBONES, ModelError) in weights.LITE:
+        return weights.lite_file(name)
     url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     return weights.retrieve(url, file, file.stem.rpartition("-")[2])  # the name bears the digest's beginning
@@ -138,27 +141,63 @@ def accelerator() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@torch.no_grad()
+def calibrate(module: nn.Module, batches: Batches, images: int = 256) -> None:
+    """Set the BatchNorm statistics of a backbone with random weights to those of training images.
+
+    With the initial statistics (mean 0, variance 1) the signal dies on its way through a deep random network
+    in evaluation mode. Here the network sees some `images` in training mode, and its statistics become the
+    average over their batches. No other weight changes.
+
+    Parameters
+    ----------
+    module : nn.Module
+        What `backbone(name, "random")` returned; it is left in training mode.
+    batches : Batches
+        Training images on the backbone's scale; the first of this epoch's order are taken.
+    images : int
+        How many.
+    """
+    norms, device = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)], accelerator()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # PyTorch's sign for the average over all batches
+    module.train().to(device)
+    for x, _ in islice(batches.torch(), max(1, images // batches.batch_size)):
+        if len(x) > 1:
+            module(x.to(device).contiguous(memory_format=torch.channels_last))
+    for norm in norms:
+        norm.momentum = 0.1
+    module.cpu()
+
+
 class TorchExtractor:
-    """A backbone as `data.features.extract` wants one; it takes images of any size.
+    """A backbone, or its lower blocks, as `data.features.extract` wants it; it takes images of any size.
 
     Parameters
     ----------
     name : str
         One of `BACKBONES`.
     module : nn.Module
-        What `backbone(name, ...)` returned, trained further or not.
+        What `backbone(name, ...)` returned, trained further or not; or, with `size`, the frozen one of an
+        `ImageClassifier`'s parts.
+    size : int, optional
+        The images' side, where the module gives maps: their shape (channels, height, width) follows from it.
     """
 
-    size: int | None = None
     layout: str = "nchw"
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, size: int | None = None) -> None:
         known = BACKBONES[one_of("the backbone", name, BACKBONES, ModelError)]
-        self.name, self.scale, self.dim, self.module = f"torch{name}", known.scale, known.dim, module
+        self.name, self.scale, self.size, self.module = f"torch{name}", known.scale, size, module
         self.digest = features.digest_of(v.cpu().numpy() for v in module.state_dict().values())
+        self.dim: int | tuple[int, ...] = known.dim
+        if size is not None:
+            first, *others = self(np.zeros((1, 3, size, size), np.float32)).shape[1:]
+            self.dim = (first, *others) if others else first
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Images, float32 (n, 3, side, side) -> features, float32 (n, dim)."""
+        """Images, float32 (n, 3, side, side) -> features, float32 (n, dim), or maps, float32 (n, *dim)."""
         device = accelerator()
         images = torch.from_numpy(x).to(device).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
@@ -208,19 +247,22 @@ class ImageClassifier(nn.Module):
         As `make_head` takes it.
     outputs : int
         How many logits.
-    frozen : bool
-        A frozen backbone gets no gradients and stays in evaluation mode, also in `train()`: its BatchNorm
-        keeps its statistics.
+    frozen : bool or str
+        Whether the backbone is frozen; or the last of its blocks that is. What is frozen gets no gradients
+        and stays in evaluation mode, also in `train()`: its BatchNorm keeps its statistics.
 
     Attributes
     ----------
+    parts : tuple of nn.Sequential
+        The frozen trunk of the backbone, images to maps or features, and what stands above it; they share
+        their weights with it.
     expected_scale : str
         Of the pixels, as `data.SCALES` has them.
     architecture : dict
         Plain values, of which `build_like` makes another one.
     """
 
-    def __init__(self, name: str, module: nn.Module, head: Head, outputs: int, frozen: bool) -> None:
+    def __init__(self, name: str, module: Any, head: Head, outputs: int, frozen: bool | str) -> None:
         super().__init__()
         self.name, self.backbone = one_of("the backbone", name, BACKBONES, ModelError), module
         self.expected_scale = BACKBONES[name].scale
@@ -232,16 +274,19 @@ class ImageClassifier(nn.Module):
         self.head = make_head(head, BACKBONES[self.name].dim, outputs)
         self.architecture = {"backbone": self.name, "head": head, "outputs": outputs}
 
-    def freeze(self, frozen: bool) -> None:
-        """Freeze or unfreeze the backbone."""
-        self.frozen = frozen
-        self.backbone.requires_grad_(not frozen)
+    def freeze(self, frozen: bool | str) -> None:
+        """Freeze the backbone, or unfreeze it, or freeze it up to and including one of its blocks."""
+        cut = len(self.backbone) * (frozen is True)
+        if isinstance(frozen, str):
+            one_of("the last frozen block", frozen, BACKBONES[self.name].blocks, ModelError)
+            cut = 1 + [name for name, _ in self.backbone.named_children()].index(frozen)
+        self.parts = (self.backbone[:cut].requires_grad_(False), self.backbone[cut:].requires_grad_(True))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ImageClassifier:
-        """As `nn.Module.train`, but a frozen backbone stays in evaluation mode."""
+        """As `nn.Module.train`, but what is frozen stays in evaluation mode."""
         super().train(mode)
-        self.backbone.train(mode and not self.frozen)
+        self.parts[0].eval()
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -250,7 +295,7 @@ class ImageClassifier(nn.Module):
 
 
 def classifier(
-    name: str, head: Head = "linear", frozen: bool = True, weights: str = "imagenet", outputs: int = 1
+    name: str, head: Head = "linear", frozen: bool | str = True, weights: str = "imagenet", outputs: int = 1
 ) -> ImageClassifier:
     """Put a new head on a backbone; parameters and errors as `ImageClassifier` and `backbone`."""
     return ImageClassifier(name, backbone(name, weights), head, outputs, frozen)

@@ -60,7 +60,7 @@ def task_metrics() -> nn.ModuleDict:
 
 
 def parameter_groups(model: Any, learning_rate: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Divide for Adam: the head learns at `learning_rate`, each block at that of the block above x decay.
+    """Divide the weights: the head learns at `learning_rate`, each block at that of the block above x decay.
 
     The stem, before the first block, learns at the first block's rate times `layer_decay`. With a decay of 1
     there is one group, and the model need not be an `ImageClassifier`.
@@ -86,7 +86,7 @@ class Task(lightning.LightningModule):
     model : nn.Module
         x -> logits (n, outputs), as many as `OUTPUTS` says for the stage's target.
     stage : Stage
-        Its target, learning rate and layer decay.
+        Its target, learning rate, layer decay, optimizer, weight decay and schedule.
     """
 
     def __init__(self, model: nn.Module, stage: Stage) -> None:
@@ -123,10 +123,16 @@ class Task(lightning.LightningModule):
         self.log(f"{prefix}loss", loss.detach(), sync_dist=True, **options)
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make Adam, with a learning rate for each block where the stage has a layer decay."""
+    def configure_optimizers(self) -> Any:
+        """Make Adam or AdamW, with a learning rate for each block where the stage has a layer decay."""
         groups = parameter_groups(self.model, self.stage.learning_rate, self.stage.layer_decay)
-        return torch.optim.Adam(groups)
+        adam = torch.optim.AdamW if self.stage.optimizer == "adamw" else torch.optim.Adam
+        optimizer = adam(groups, weight_decay=self.stage.weight_decay)
+        if self.stage.schedule is None:
+            return optimizer
+        highest, steps = [group["lr"] for group in groups], int(self.trainer.estimated_stepping_batches)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history."""
@@ -222,8 +228,8 @@ def fit(
     Returns
     -------
     DataFrame
-        `epoch` from 1, `loss`, the metrics, the same with ``val_`` on dev, `learning_rate` (the head's),
-        `seconds`.
+        `epoch` from 1, `loss`, the metrics, the same with ``val_`` on dev, `learning_rate` (the head's, at
+        the epoch's end), `seconds`.
 
     Raises
     ------
@@ -304,11 +310,14 @@ def predict(model: nn.Module, batches: Batches) -> pd.DataFrame:
 def train_stages(
     recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str, workdir: Path, **trainer_options: Any
 ) -> tuple[models.ImageClassifier, pd.DataFrame, pd.DataFrame]:
-    """Train a recipe's stages one after the other: (model, history, predictions on test)."""
+    """Train a recipe's stages one after the other: (model, history, predictions on dev and test)."""
     store = data.PixelStore.open_or_build(split, recipe.size, profile.workers)
     options: Any = {"batch_size": recipe.batch_size, "seed": recipe.seed, "workers": profile.workers}
     torch.manual_seed(recipe.seed)
     model, histories, sets = models.classifier(recipe.backbone, weights=weights), [], {}
+    if weights == "random":  # on all films: recipes of different body parts begin with the same backbone
+        everything = data.kn_datasets(split, store, scale=model.expected_scale, **options)
+        models.calibrate(model.backbone, everything["train"])
     for number, stage in enumerate(recipe.stages, start=1):
         torch.manual_seed(recipe.seed)  # a new head does not depend on what came before
         if stage.head is not None:
@@ -320,14 +329,16 @@ def train_stages(
         sets = data.kn_datasets(films, store, scale=model.expected_scale, target=y, **options)
         sets["train"].augment = data.AUGMENTS[recipe.augment]
         learner, train, dev = model, sets["train"], sets.get("validation")
-        if stage.frozen:  # features once, then the head alone
-            extractor = models.TorchExtractor(recipe.backbone, model.backbone)
-            learner, train = model.head, features.extract(extractor, train, stage.views)
+        if stage.frozen:  # features or maps once, then what stands above them alone
+            trunk, top = model.parts
+            extractor = models.TorchExtractor(recipe.backbone, trunk, recipe.size)
+            learner, train = nn.Sequential(top, model.head), features.extract(extractor, train, stage.views)
             dev = features.extract(extractor, dev) if dev else None
         folder = _folder(recipe, number, films, weights, workdir)
         histories.append(fit(learner, train, dev, stage, folder, **trainer_options).assign(stage=number))
     history = pd.concat(histories, ignore_index=True)
-    return model, history.assign(epoch=range(1, len(history) + 1)), predict(model, sets["test"])
+    found = pd.concat([predict(model, sets[name]) for name in ("validation", "test") if name in sets])
+    return model, history.assign(epoch=range(1, len(history) + 1)), found
 
 
 def _folder(recipe: Recipe, number: int, films: pd.DataFrame, weights: str, workdir: Path) -> Path:
@@ -340,7 +351,7 @@ def _folder(recipe: Recipe, number: int, films: pd.DataFrame, weights: str, work
 
 
 def train(
-    name: str, recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str, **options: Any
+    name: str, recipe: Recipe, split: pd.DataFrame, profile: Profile, weights: str, record=False, **options
 ) -> runs.Run:
     """Find the finished run of this recipe on these data, or train it now, stage by stage.
 
@@ -349,13 +360,16 @@ def train(
     name : str
         Of the run.
     recipe : Recipe
-        Heads on frozen backbones are trained on features that are computed once, whole networks on pixels.
+        What stands above a frozen trunk is trained on features or maps that are computed once, a whole
+        network on pixels. Random weights are calibrated first (`models.calibrate`).
     split : DataFrame
         As `data.split_dev` returns it.
     profile : Profile
         Threads, precision, and the run's place.
     weights : {"imagenet", "random"}
         What the backbone starts from, e.g. what `models.find_weights` says.
+    record : {False, "scores", "model"}
+        As `runs.fit_or_load` takes it.
     **options
         As in `fit`.
 
@@ -363,7 +377,8 @@ def train(
     -------
     Run
         Its history has a row an epoch of all stages, and the column `stage` (from 1). Its predictions are of
-        the test images; where the last stage learns both targets, they have a column for each body part, too.
+        the dev and test images; where the last stage learns both targets, they have a column for each body
+        part, too.
 
     Raises
     ------
@@ -376,4 +391,4 @@ def train(
         raise TrainingError("torch_tools has neither dropout nor a plateau; keras_tools has both.")
     precision = "16-mixed" if profile.mixed_precision and torch.cuda.is_available() else "32-true"
     make = partial(train_stages, recipe, split, profile, weights, **{"precision": precision} | options)
-    return runs.fit_or_load(name, recipe.config(), make, split, profile, weights)
+    return runs.fit_or_load(name, recipe.config(), make, split, profile, weights, record=record)

@@ -128,8 +128,33 @@ def test_an_interrupted_pass_leaves_nothing(index, cache):
     assert [entry for entry in cache.iterdir() if entry.suffix != ".lock"] == []
 
 
-def test_a_backbone_of_another_size_is_refused(index):
+def test_a_backbone_of_another_size_or_without_a_signal_is_refused(index):
     extractor = Projection()
     extractor.size = 48
     with pytest.raises(DataError, match="projection takes images of 48 px, this store holds 24 px"):
         compute(batches(index), extractor)
+    for seed, factor in enumerate((0, 1e-12, np.nan), start=1):
+        dead = Projection(seed)
+        dead.weights *= factor
+        with pytest.raises(DataError, match="projection makes the same of every image.*ImageNet.*calibrate"):
+            compute(batches(index), dead)
+        assert len(compute(batches(index[:1]), dead).index) == 1  # one image says nothing
+
+
+class Trunk(Projection):
+    """Gives maps: the image itself, every second pixel of it."""
+
+    dim = (3, SIZE // 2, SIZE // 2)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        self.seen.append(len(x))
+        return x[:, :, ::2, ::2]
+
+
+def test_maps_are_kept_in_half_precision_and_given_in_single(index):
+    extractor = Trunk(seed=9)
+    found = compute(batches(index, shuffle=True), extractor)
+    images = batches(index, shuffle=True, scale="-1..1", layout="nchw")
+    for epoch in (0, 1):
+        assert_features_of(found, images, extractor, epoch)
+    assert found.views[0].dtype == np.float16 and found.views[0].shape == (len(index), *Trunk.dim)

@@ -11,7 +11,8 @@ def tiny(monkeypatch):
 
     def build(weights, input_shape, pooling, name):
         x = inputs = keras.Input(input_shape)
-        x = keras.layers.BatchNormalization()(keras.layers.Conv2D(6, 3, strides=2, use_bias=False)(x))
+        x = keras.layers.Conv2D(6, 3, strides=2, use_bias=False, name="conv")(x)
+        x = keras.layers.BatchNormalization()(x)
         return keras.Model(inputs, keras.layers.GlobalMaxPooling2D()(keras.layers.ReLU()(x)), name=name)
 
     monkeypatch.setitem(backbones.BACKBONES, "ResNet50", backbones.Backbone(build, "tf", 32))

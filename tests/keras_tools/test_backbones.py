@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 keras = pytest.importorskip("keras")
-from mura_course import errors, profiles, weights  # noqa: E402
+from making import make_films  # noqa: E402
+
+from mura_course import data, errors, profiles, weights  # noqa: E402
 from mura_course.errors import ModelError, WeightsError  # noqa: E402
 from mura_course.keras_tools import backbones, models  # noqa: E402
 
@@ -54,18 +56,44 @@ def test_resnet50_is_the_reports():
     assert sides == {"DenseNet201": 224, "ResNet50": 256, "EfficientNetLite0": 224}  # KL 1.5.1
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-def test_batchnorm_keeps_its_statistics_and_a_frozen_backbone_its_weights(tiny, trainable):
+@pytest.mark.parametrize(("trainable", "batchnorm"), [(False, False), (True, False), (True, True)])
+def test_batchnorm_keeps_imagenets_statistics_and_a_frozen_backbone_its_weights(tiny, trainable, batchnorm):
     keras.utils.set_random_seed(0)
     model = models.transfer_model("ResNet50", trainable, (), weights="random")
+    assert all(layer.trainable == trainable for layer in model.get_layer("ResNet50").layers)
+    backbones.set_trainable(model.get_layer("ResNet50"), trainable, batchnorm)  # ImageNet's: without
     model.compile(keras.optimizers.Adam(0.05), "binary_crossentropy", jit_compile=False)
     base, head = model.get_layer("ResNet50"), model.get_layer("Head").get_weights()
     before, rng = base.get_weights(), np.random.default_rng(0)
     for _ in range(2):
         model.train_on_batch(rng.uniform(0, 255, (8, 32, 32, 3)), rng.integers(0, 2, 8))
     changed = [not np.array_equal(a, b) for a, b in zip(before, base.get_weights(), strict=True)]
-    assert changed == [trainable] + [False] * 4  # kernel; BatchNorm's scale, shift, mean, variance
+    assert changed == [trainable] + [batchnorm] * 4  # kernel; BatchNorm's scale, shift, mean, variance
     assert not np.array_equal(head[0], model.get_layer("Head").get_weights()[0])
+
+
+def test_a_random_network_passes_a_signal_once_it_is_calibrated_and_divides_at_a_layer(tmp_path):
+    films = make_films(tmp_path / "films")
+    store = data.PixelStore.open_or_build(films, 64, progress=False)
+    batches = data.Batches(store, films, batch_size=20, scale="0..255")
+    keras.utils.set_random_seed(0)
+    model = backbones.extractor("EfficientNetLite0", 64, "random")
+    backbones.calibrate(model, batches, images=20)
+    x = batches[0][0]
+    seen, base = np.asarray(model(x)), model.get_layer("EfficientNetLite0")
+    assert 0.1 < seen.std(axis=0).mean() < 10 and not model.trainable_variables
+    first = base.get_layer("stem_bn")
+    maps = np.asarray(base.get_layer("stem_conv")(x / 127.5 - 1))
+    np.testing.assert_allclose(first.moving_mean, maps.mean(axis=(0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(first.moving_variance, maps.var(axis=(0, 1, 2)), rtol=1e-3)
+    trunk, top = backbones.divide(model, "block5_2_add", batchnorm=True)
+    known = backbones.KerasExtractor(trunk)
+    assert known.dim == (4, 4, 112) and known.scale == "0..255" and not trunk.trainable_variables
+    np.testing.assert_allclose(top(known(x)), seen, atol=1e-3)
+    names = {variable.path.split("/")[0].split("_")[0] for variable in top.trainable_variables}
+    assert names == {"block6", "block7", "last"}
+    with pytest.raises(ModelError, match="last frozen layer must be one of .*'stem_conv'.*not 'layer3'"):
+        backbones.divide(model, "layer3")
 
 
 PYTORCH = """

@@ -10,7 +10,8 @@ import torch
 from torch_tools.tiny import classifier
 
 from mura_course import data, disk, profiles, runs
-from mura_course.errors import ModelError, RunError
+from mura_course.data import features
+from mura_course.errors import DataError, ModelError, RunError
 from mura_course.torch_tools import models, router, training
 
 SMOKE = profiles.get("smoke")
@@ -30,18 +31,58 @@ def test_resnet18_with_kns_heads(monkeypatch, head, trained):
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
-def test_lite0_is_the_packages_network_with_its_weights():
+@pytest.mark.parametrize("number", range(3))
+def test_efficientnet_lite_is_the_packages_network_with_its_weights_and_divides_by_blocks(number):
     from efficientnet_lite_pytorch import EfficientNet
 
-    original = EfficientNet.from_name("efficientnet-lite0")
-    original.load_state_dict(torch.load(models.weights_file("EfficientNetLite0"), weights_only=True))
-    ours = models.backbone("EfficientNetLite0")
+    name = f"EfficientNetLite{number}"
+    original = EfficientNet.from_name(f"efficientnet-lite{number}", image_size=224)  # sets the padding
+    original.load_state_dict(torch.load(models.weights_file(name), weights_only=True))
+    ours, sides = models.classifier(name), {"layer1": 16, "layer2": 8, "layer3": 4, "layer4": 2, "last": 2}
     x = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 64)).astype("float32"))
     with torch.inference_mode():
         expected = original.eval().extract_features(x).mean(dim=(2, 3))
-        np.testing.assert_allclose(ours.eval()(x), expected, atol=1e-4)
+        np.testing.assert_allclose(ours.backbone.eval()(x), expected, atol=1e-4)
+        for block in models.BACKBONES[name].blocks:
+            ours.freeze(block)
+            trunk, top = ours.eval().parts
+            assert (
+                trunk(x).shape[2:] == (sides[block],) * 2
+                and models.TorchExtractor(name, trunk, 64).size == 64
+            )
+            np.testing.assert_allclose(top(trunk(x)), expected, atol=1e-4)
     assert expected.std() > 0.1
-    assert set(models.BACKBONES["EfficientNetLite0"].blocks) < {name for name, _ in ours.named_children()}
+
+
+@torch.no_grad()
+def test_a_random_network_passes_a_signal_once_it_is_calibrated(films, store):
+    module = models.backbone("EfficientNetLite0", "random")
+    batches = data.Batches(store, films, batch_size=8, scale="-1..1", layout="nchw")
+    with pytest.raises(DataError, match="torchEfficientNetLite0 makes the same of every image.*calibrate"):
+        features.extract(models.TorchExtractor("EfficientNetLite0", module), batches)
+    models.calibrate(module, batches)
+    found = features.extract(models.TorchExtractor("EfficientNetLite0", module), batches).views[0]
+    assert 0.1 < found.std(axis=0).mean() < 10
+
+    tiny, (first, second) = (
+        models.backbone("ResNet18", "random"),
+        (torch.from_numpy(batches[i][0]) for i in (0, 1)),
+    )
+    models.calibrate(tiny, batches, images=16)
+    maps = tiny.layer1(torch.cat([first, second]))
+    torch.testing.assert_close(tiny.layer2.running_mean, maps.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(tiny.layer2.running_var, maps.var(dim=(0, 2, 3)), rtol=0.05, atol=0)
+    assert tiny.layer2.momentum == 0.1
+
+
+def test_a_backbone_is_frozen_up_to_a_block():
+    model = classifier(frozen="layer1")
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained[:2] == ["backbone.layer2.weight", "backbone.layer2.bias"] and len(trained) == 6
+    assert model.train().backbone.layer2.training and not model.backbone.layer1.training
+    assert not any(name.startswith("parts") for name in model.state_dict())
+    with pytest.raises(ModelError, match="last frozen block must be one of 'layer1', 'layer2', not 'layer5'"):
+        model.freeze("layer5")
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
@@ -104,7 +145,7 @@ def test_models_are_saved_as_safetensors_and_loaded_equal(system, films, store):
         assert made.model_file().name == "model.safetensors"
         again = load(runs.load(made.folder))
         probability = training.predict(again, test)["probability"]
-        np.testing.assert_array_equal(probability, made.predictions["probability"])
+        np.testing.assert_allclose(probability, made.predictions["probability"], rtol=1e-6)
         assert again.architecture == model.architecture and again.expected_scale == "imagenet"
         with pytest.raises(RunError, match="of another model than was asked for"):
             models.load(made, into=torch.nn.Linear(2, 2))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +37,27 @@ LABEL = Stage(epochs=3, views=3, **HEAD)
 PARTS = Stage(epochs=2, target="body_part", frozen=False, **HEAD)
 
 
-def test_frozen_on_as_many_views_as_epochs_is_training_end_to_end(films, sets, tmp_path):
-    found = run(films, LABEL)
+@pytest.mark.parametrize(("frozen", "within"), [(True, 1e-4), ("layer1", 5e-3)])  # maps are kept in float16
+def test_on_as_many_views_as_epochs_a_cached_trunk_is_training_end_to_end(
+    films, sets, tmp_path, frozen, within
+):
+    stage = replace(LABEL, frozen=frozen)
+    found = run(films, stage)
     torch.manual_seed(0)
-    model = models.resnet18(weights="random")
+    model = models.resnet18(weights="random", frozen=frozen)
+    models.calibrate(model.backbone, sets["train"])
     torch.manual_seed(0)
     model.put_head("two_linear", 1)
-    history = training.fit(model, sets["train"], sets["validation"], LABEL, tmp_path / "end")
-    same = ["loss", "accuracy", "auc", "val_loss", "val_accuracy", "val_kappa"]
-    np.testing.assert_allclose(found.history[same], history[same], atol=1e-4)
-    expected = training.predict(model, sets["test"])["probability"]
-    np.testing.assert_allclose(found.predictions["probability"], expected, atol=1e-4)
-    assert expected.std() > 1e-3
+    model.freeze(frozen)
+    before = model.backbone.layer2.running_mean.clone()
+    history = training.fit(model, sets["train"], sets["validation"], stage, tmp_path / "end")
+    assert torch.equal(model.backbone.layer2.running_mean, before) == (frozen is True)
+    same = ["loss", "auc", "val_loss"]
+    np.testing.assert_allclose(found.history[same], history[same], atol=within)
+    for name, rows in (("test", found.predictions), ("validation", found.dev_predictions)):
+        expected = training.predict(model, sets[name])
+        np.testing.assert_allclose(rows["probability"], expected["probability"], atol=within)
+        assert rows["path"].tolist() == expected["path"].tolist() and expected["probability"].std() > 1e-3
 
 
 def test_stages_follow_one_another_and_what_two_recipes_begin_with_is_trained_once(films):
@@ -59,16 +69,18 @@ def test_stages_follow_one_another_and_what_two_recipes_begin_with_is_trained_on
     assert unfrozen.history["seconds"][:2].equals(frozen.history["seconds"][:2])  # not trained again
     one, other = (models.load(found).backbone.layer1.weight for found in (frozen, unfrozen))
     assert not torch.equal(one, other)  # the second stage went on from there
-    slower = Stage(epochs=3, learning_rate=0.001, head=None)
-    kept = run(films, LABEL, slower)
-    assert kept.history["learning_rate"].tolist() == [0.01] * 3 + [0.001] * 3
-    assert abs(kept.history["loss"][3] - kept.history["loss"][2]) < 0.2  # not a new head's
+    kept = run(films, LABEL, Stage(epochs=1, learning_rate=1e-9, head=None)).history
+    assert kept["learning_rate"].tolist() == [0.01] * 3 + [1e-9]
+    best = kept["val_loss"][kept["val_accuracy"][:3].idxmax()]
+    assert kept["val_loss"][3] == pytest.approx(best, rel=1e-4)  # not a new head's
 
 
 def test_a_specialist_learns_and_is_tested_on_its_part_alone_also_without_dev(films):
     to_the_end = Stage(steps=5, learning_rate=0.01)
-    found = run(films, to_the_end, parts=("WRIST",))
+    found, whole = run(films, to_the_end, parts=("WRIST",)), run(films, to_the_end)
     assert set(found.predictions["body_part"]) == {"WRIST"} and found.info["epochs"] == 3  # of two batches
+    norms = [models.load(one).backbone.layer2.running_var for one in (found, whole)]
+    assert torch.equal(*norms)  # calibrated on all parts: specialists share a random backbone
     assert "val_loss" not in run(films[films["split"].ne("dev")], to_the_end).history
     few = Stage(steps=5, learning_rate=0.01, fraction=0.5)  # 12 train images: two batches instead of three
     counted = [run(films, stage) for stage in (few, to_the_end)]
@@ -80,6 +92,14 @@ def test_what_cannot_be_learned_is_refused(films):
         run(films[films["split"].ne("dev")], LABEL)
     with pytest.raises(TrainingError, match="neither dropout nor a plateau"):
         run(films, LABEL, dropout=0.1)
+    for changes, message in (
+        ({"optimizer": "sgd"}, "optimizer must be one of 'adam', 'adamw', not 'sgd'"),
+        ({"schedule": "cosine"}, "schedule must be one of None, 'one_cycle', not 'cosine'"),
+        ({"weight_decay": 0.1}, "take optimizer='adamw'"),
+        ({"layer_decay": 0.5}, "set frozen=False"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            replace(LABEL, **changes)
 
 
 def in_a_process(code: str, cache: Path) -> subprocess.Popen:

@@ -34,11 +34,18 @@ def test_a_frozen_backbone_stays_as_it_is_batchnorm_included(sets, tmp_path, fro
     assert changed == ({"head"} if frozen else {"head", "back"})
 
 
-def test_history_and_predictions_agree_with_plain_pytorch(sets, tmp_path):
+CYCLE = {"optimizer": "adamw", "weight_decay": 0.3, "schedule": "one_cycle"}
+
+
+@pytest.mark.parametrize("changes", [{}, CYCLE])
+def test_history_and_predictions_agree_with_plain_pytorch(sets, tmp_path, changes):
     model, plain = model_of(), model_of()
-    history = fit(model, sets, tmp_path, epochs=2)
-    assert history["epoch"].tolist() == [1, 2] and history["learning_rate"].tolist() == [0.01, 0.01]
+    history = fit(model, sets, tmp_path, epochs=2, **changes)
     optimiser, losses, loader = torch.optim.Adam(plain.parameters(), lr=0.01), [], sets["train"].torch()
+    cycle = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1)
+    if changes:
+        optimiser = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.3)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.01, total_steps=2 * len(loader))
     for _ in range(2):
         total = 0.0
         for x, y in loader:
@@ -46,15 +53,21 @@ def test_history_and_predictions_agree_with_plain_pytorch(sets, tmp_path):
             loss = functional.binary_cross_entropy_with_logits(plain(x)[:, 0], y)
             loss.backward()
             optimiser.step()
+            cycle.step()
             total += float(loss.detach()) * len(y)
         losses.append(total / len(sets["train"].index))
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
+    assert history["epoch"].tolist() == [1, 2]
+    assert history["learning_rate"].iloc[-1] == pytest.approx(cycle.get_last_lr()[0])
     dev = training.predict(model, sets["validation"])
     assert np.mean((dev["probability"] > 0.5) == dev["label"]) == pytest.approx(history["val_accuracy"].max())
 
 
-def test_interrupted_it_goes_on_with_history_best_epoch_and_early_stopping(sets, tmp_path, monkeypatch):
-    whole, options = model_of(), {"epochs": 30, "patience": 3, "learning_rate": 0.03}
+@pytest.mark.parametrize("changes", [{}, CYCLE])
+def test_interrupted_it_goes_on_with_history_best_epoch_and_early_stopping(
+    sets, tmp_path, monkeypatch, changes
+):
+    whole, options = model_of(), {"epochs": 30, "patience": 3, "learning_rate": 0.03} | changes
     expected = fit(whole, sets, tmp_path / "whole", **options)
     best = int(expected["val_accuracy"].idxmax())
     assert len(expected) == best + 4 < 30
@@ -135,7 +148,9 @@ def test_lower_blocks_learn_at_lower_rates():
     assert len(of) == sum(1 for _ in model.parameters())
     assert of[id(model.head.weight)] == 1.0 and of[id(next(model.backbone.layer4.parameters()))] == 0.25
     assert min(of.values()) == of[id(next(model.backbone.stem.parameters()))]
-    optimiser = training.Task(model, Stage(epochs=1, learning_rate=1, layer_decay=0.5)).configure_optimizers()
+    optimiser = training.Task(
+        model, Stage(epochs=1, learning_rate=1, layer_decay=0.5, frozen=False)
+    ).configure_optimizers()
     assert [group["lr"] for group in optimiser.param_groups] == [0.5**i for i in range(7)]
 
 
