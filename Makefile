@@ -18,12 +18,13 @@ ONE_PAGE = _build/$(MURA_PROFILE)/_build/singlehtml/index.html
 COVERAGE := --cov --cov-report= --cov-fail-under=0
 STARTED := $(shell date +%s)
 
-.PHONY: help install book pdf test test-gpu lint bench serve clean
+.PHONY: help install book runs pdf test test-gpu lint bench serve clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make book    make .venv, install, execute the chapters and render them (MURA_PROFILE=$(MURA_PROFILE))"
 	@echo "make install make .venv and install into it, and nothing else"
+	@echo "make runs    make the recorded runs in book/_runs that are missing (hours; ONLY=name,name for some)"
 	@echo "make pdf     the book as one page, printed to a PDF by $(BROWSER_COMMAND) (BROWSER_COMMAND=google-chrome)"
 	@echo "make test    unit and slow tests with their coverage, then every chapter in profile smoke"
 	@echo "make test-gpu every chapter on demo data; fails where TensorFlow or PyTorch sees no GPU"
@@ -55,6 +56,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 book: $(INSTALLED)
 	@$(PY) scripts/build_book.py --started $(STARTED) --install-stamp $(INSTALLED)
+
+# Finds those that exist and goes on after an interruption. To make one anew, delete its folder first.
+runs: $(INSTALLED)
+	$(PY) scripts/make_runs.py $(if $(ONLY),--only '$(ONLY)') $(CHAPTERS)
 
 # Executions are shared with `make book`; nothing is run twice.
 pdf: $(INSTALLED)

@@ -2,7 +2,8 @@
 
 Jupyter Book looks for a notebook's earlier execution by the notebook's code alone. Here every build, whoever
 calls it, takes a cache folder named by everything else that the results depend on: profile, package,
-libraries, data. A changed folder makes Sphinx read all pages anew. Renders demo data where there are none.
+libraries, data, recorded runs. A changed folder makes Sphinx read all pages anew. Renders demo data where
+there are none.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ def choose_cache(app, config) -> None:
 
 def execution_key() -> str:
     """Name, in 16 hexadecimal digits, everything but a notebook's code that its results depend on."""
-    from mura_course import chapter, data
+    from mura_course import chapter, data, paths
 
     profile, index = chapter.start()
     folders = [Path(spec.origin).parent for name in PACKAGES if (spec := find_spec(name)) and spec.origin]
     values = [profile.name, index.attrs["root"], data.fingerprint(index), sys.version, *library_versions()]
-    return digest(folders, *values)[:16]
+    values.append(f"recorded runs ignored: {os.environ.get('MURA_RUNS') == 'new'}")
+    recorded = sorted(paths.recorded_runs().glob(f"*/{profile.name}/[!.]*/run.json"))
+    return digest([*folders, *recorded], *values)[:16]
 
 
 def library_versions() -> list[str]:

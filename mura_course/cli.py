@@ -1,16 +1,20 @@
-"""The command `mura-course`: demo data, checks of data, text removal, lists of runs. See the setup chapter.
+"""The command `mura-course`: demo data, checks of data, text removal, runs. See the setup chapter.
 
 Parses arguments, calls one function of the package, prints. Loads a module only for the command that needs
 it.
 """
 
 import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import MuraError, printable
+from .errors import MuraError, RunError, printable
+
+SECONDS, TOLERANCE = 90, 0.03  # of `runs verify`: the longest training, the largest difference of AUROCs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,11 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--detector", default="rapidocr", help="rapidocr (default), strokes or keras-ocr")
     text.set_defaults(run=_remove_text)
 
-    runs = commands.add_parser("runs", help="list finished runs, or compare two of them")
+    runs = commands.add_parser("runs", help="list finished runs, compare two, make recorded ones anew")
     runs.set_defaults(run=_runs)
-    diff = runs.add_subparsers(metavar="action").add_parser("diff", help="what changed between two runs")
+    actions = runs.add_subparsers(metavar="action")
+    actions.add_parser("list", help="one's own runs and the recorded ones (also without an action)")
+    diff = actions.add_parser("diff", help="what changed between two runs")
     diff.add_argument("a", type=Path, help="folder of a run")
     diff.add_argument("b", type=Path, help="folder of another")
+    verify = actions.add_parser("verify", help="train the cheapest recorded runs anew, and compare")
+    verify.add_argument("--name", help="of one recorded run")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -93,3 +102,43 @@ def _runs(a: Path | None = None, b: Path | None = None) -> None:
 
     table = runs.diff(a, b) if a and b else runs.list_runs()
     print(printable(table.to_string()) if len(table) else "Nothing: no runs yet, or no difference.")
+
+
+def _verify(name: str | None) -> int:
+    """Train the cheapest recorded run of each framework anew; return 1 where an AUROC is too far off."""
+    from . import data, paths, profiles, runs
+    from .recipes import Recipe
+
+    profile = profiles.current(index := data.load_index())
+    split = data.split_dev(index, profile.dev_fraction)
+    same = {"profile": profile.name, "fingerprint": data.fingerprint(split)}
+    cheapest: dict[str, runs.Run] = {}
+    for run in [runs.load(file.parent) for file in paths.recorded_runs().glob("*/*/[!.]*/run.json")]:
+        info, framework = run.info, "torch" if run.info["architecture"] else "keras"
+        fits = same.items() <= info.items() and name in (None, info["name"]) and info["seconds"] <= SECONDS
+        if fits and info["config"].keys() == Recipe.__dataclass_fields__.keys():
+            cheapest[framework] = min(run, cheapest.get(framework, run), key=lambda run: run.info["seconds"])
+    if not cheapest:
+        raise RunError(f"No recorded run ({name or 'any'}) is of a recipe, these data and up to {SECONDS} s.")
+    off = [_difference(framework, run, split, profile) for framework, run in cheapest.items()]
+    return int(max(off) > TOLERANCE)
+
+
+def _difference(framework: str, run: Any, split: Any, profile: Any) -> float:
+    """Train a recorded run anew in a temporary folder, print how it compares; the difference of AUROCs."""
+    from .recipes import Recipe
+
+    if framework == "keras":
+        from .keras_tools.training import train
+    else:
+        from .torch_tools.training import train
+    print(run.describe(), "Training it anew.", sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["MURA_RUNS"] = root
+        recipe = Recipe.from_config(run.info["config"])
+        again = train(run.info["name"], recipe, split, profile, run.info["weights"])
+    old, new = (one.info["metrics"]["test"]["image"]["auroc"]["value"] for one in (run, again))
+    p, q = (one.predictions.set_index("path")["probability"] for one in (run, again))
+    print(f"{framework}: AUROC {old:.3f} recorded, {new:.3f} now (may differ by {TOLERANCE}); probabilities")
+    print(f"differ by {(p - q).abs().mean():.4f} on average. It took {again.info['seconds']:.0f} s.")
+    return abs(new - old)

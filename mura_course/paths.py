@@ -1,4 +1,4 @@
-"""Where things lie: the cache folder, and how a path is shown to a reader; the cores. Imports only `errors`.
+"""Where things lie: cache, recorded runs; how a path is shown to a reader; the cores. Imports only `errors`.
 
 Writes nothing but the cache folder itself. The setup chapter explains `MURA_CACHE`.
 """
@@ -39,6 +39,12 @@ def cache_dir() -> Path:
             "variable MURA_CACHE to a folder that can."
         ) from error
     return folder
+
+
+def recorded_runs() -> Path:
+    """Return the recorded runs' folder: ``book/_runs`` of a checkout, or its copy in an installed package."""
+    installed = Path(__file__).with_name("_runs")
+    return installed if installed.is_dir() else installed.parents[1] / "book" / "_runs"
 
 
 def cores() -> int:

@@ -1,7 +1,9 @@
 """Runs: fit once, go on after a kill, load ever after.
 
 Writes only below its root, `MURA_RUNS` or else ``<cache folder>/runs``, through `disk`. Imports no framework:
-each framework's room registers with `save_model` how its models are saved, and loads them itself. A run is
+each framework's room registers with `save_model` how its models are saved, and loads them itself. The book's
+own long trainings are recorded: finished runs in ``book/_runs``, which are used where they fit;
+``MURA_RUNS=new`` ignores them, ``MURA_RUNS=record`` makes them. A run is
 
     <root>/<data>-<fingerprint>/<profile>/<name>-<hash of config and weights>/
         run.json  history.csv  predictions.csv  the model's file
@@ -12,6 +14,8 @@ survives a kill. The setup chapter explains where runs lie and how to delete one
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import datetime
 import functools
 import hashlib
@@ -24,19 +28,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from . import __version__, data, disk, metrics, paths, profiles
-from .errors import MuraError, RunError
+from .errors import MuraError, RunError, TrainingError, one_of
 
-VARIABLE = "MURA_RUNS"
+VARIABLE, ONLY = "MURA_RUNS", "MURA_ONLY"
+LEFT_OUT = "not recorded yet, left out"
 IDENTITY = ("name", "config", "data", "fingerprint", "is_demo", "profile", "weights")
 KEYS = (*IDENTITY, "metrics", "epochs", "seconds", "device", "versions", "model", "files", "finished")
 LIBRARIES = ("keras", "tensorflow", "torch", "torchvision", "lightning", "numpy", "pandas", "sklearn", "cv2")
-
+COMPARED = ("keras", "tensorflow", "torch", "numpy")  # whose major version a recorded run depends on
 
 # pandas 3 reads floats exactly by itself, and warns when it is asked to.
 EXACTLY: dict[str, Any] = {} if int(pd.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
@@ -55,35 +61,42 @@ class Run:
         epochs, metrics, files, expected_scale, architecture, finished.
     history : DataFrame
         One row an epoch: `epoch` from 1, `loss`, `accuracy`, `auc`, ..., the same with ``val_`` on dev.
-    predictions : DataFrame
-        Columns of the index and `probability`.
+    predictions, dev_predictions : DataFrame
+        Of the test and of the dev images (maybe none): columns of the index and `probability`.
     was_trained_now : bool
         Whether this call trained it, or found it.
+    recorded : bool
+        Whether it is one of the book's recorded runs.
     """
 
     folder: Path
     info: dict[str, Any]
     history: pd.DataFrame
     predictions: pd.DataFrame
+    dev_predictions: pd.DataFrame
     was_trained_now: bool = False
+    recorded: bool = False
 
     def model_file(self) -> Path:
         """Return the saved model's file, its digest checked; RunError where it is none or changed."""
         if self.info["model"] is None:
-            raise RunError(f"The run {self.folder} has no saved model.")
+            live = " It is recorded with its scores only: set MURA_RUNS=new to train it here, model and all."
+            raise RunError(f"The run {self.folder} has no saved model." + live * self.recorded)
         return _verified(self.folder, self.info, self.info["model"])
 
     def describe(self) -> str:
-        """One sentence for a chapter: trained now or earlier, on which data, from which weights, how long."""
-        info = self.info
-        made = "trained now" if self.was_trained_now else f"loaded (made {info['finished'][:10]})"
+        """One sentence for a chapter: recorded, trained now or loaded, on which data, how long."""
+        info, day = self.info, self.info["finished"][:10]
+        how = "trained now" if self.was_trained_now else f"loaded (made {day})"
+        how = f"recorded on {day}" if self.recorded else how
         source = info["data"] + " (synthetic films, not MURA)" * info["is_demo"]
-        seconds, plural = info["seconds"], "s" * (info["epochs"] != 1)
-        took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-        return (
-            f"Run {info['name']}: {made}; data {source}, profile {info['profile']}, "
-            f"{info['weights']} weights; {info['epochs']} epoch{plural} in {took} on {info['device']}."
-        )
+        start = f"data {source}, profile {info['profile']}, {info['weights']} weights"
+        epochs = f"{info['epochs']} epoch{'s' * (info['epochs'] != 1)}"
+        return f"Run {info['name']}: {how} on {info['device']}, in {_took(info)}; {start}; {epochs}."
+
+
+def _took(info: dict[str, Any]) -> str:
+    return f"{info['seconds']:.0f} s" if info["seconds"] < 100 else f"{info['seconds'] / 60:.0f} min"
 
 
 def fit_or_load(
@@ -94,8 +107,12 @@ def fit_or_load(
     profile: profiles.Profile | None = None,
     weights: str = "random",
     root: str | Path | None = None,
+    record: str | bool = False,
 ) -> Run:
     """Find the finished run of this name, config and weights on this data and profile, or make it by `fit`.
+
+    A reader's own run is found first, then a recorded one; where a recorded one of this name does not fit, a
+    sentence says why.
 
     Parameters
     ----------
@@ -106,15 +123,17 @@ def fit_or_load(
     fit : callable
         ``fit(workdir) -> (model, history, predictions)``, called only where there is no such run. The model
         is None or of a class that `save_model` knows; the history has a row an epoch, or is None; the
-        predictions have the index's columns and `probability`. What `fit` leaves in `workdir` survives a
-        kill, and the next call gets the same folder. A second process that asks for the run waits, then loads
-        it.
+        predictions, of dev and test, have the index's columns and `probability` (kept to 7 digits). What
+        `fit` leaves in `workdir` survives a kill, and the next call gets the same folder. A second process
+        that asks for the run waits, then loads it.
     index, profile : optional
         As `data.load_index` and `profiles.current` return them, which is also the default.
     weights : str
         Where the initial weights came from: "random" or "imagenet". Part of the run's identity.
     root : path, optional
-        The folder of all runs; by default ``MURA_RUNS``, else below the cache folder.
+        The folder of all runs, and no recorded ones; by default ``MURA_RUNS``, else below the cache folder.
+    record : {False, "scores", "model"}
+        Whether the book records this run, and with its model: a torch module's in float16.
 
     Returns
     -------
@@ -123,7 +142,10 @@ def fit_or_load(
     Raises
     ------
     RunError
-        A config that is not JSON, a folder of another run, damaged files.
+        A config that is not JSON, a folder of another run, damaged files; with ``MURA_RUNS=record``, a run
+        that is to be recorded, not there and not named by the regular expression ``MURA_ONLY``.
+    TrainingError
+        A model that says the same of all images.
     PredictionsError
         Predictions that cannot be scored.
     DiskError
@@ -132,12 +154,19 @@ def fit_or_load(
     index = data.load_index() if index is None else index
     profile = profile or profiles.current(index)
     identity = _identity(name, config, index, profile, weights)
-    folder, made = _folder(identity, root), False
-    workdir = folder.with_name(f"{folder.name}.partial")
+    one_of("record", record, (False, "scores", "model"), RunError)
+    mode = os.environ.get(VARIABLE) if record and root is None else "new"
+    folder = _folder(identity, paths.recorded_runs() if mode == "record" else root)
+    workdir, made = folder.with_name(f"{folder.name}.partial"), False
     if not (folder / "run.json").exists():
+        if mode not in ("new", "record") and (recorded := _recorded(identity)):
+            return _load(recorded, identity)
+        if mode == "record" and not re.fullmatch(os.environ.get(ONLY) or ".*", name):
+            raise RunError(f"Run {name}: {LEFT_OUT}. {ONLY} does not name it.")
         with disk.lock(folder, VARIABLE):
             if not (folder / "run.json").exists():  # unless the process that we waited for has made it
-                _make(folder, workdir, identity, fit, profile.bootstrap_samples)
+                kept = record if mode == "record" else "all"
+                _make(folder, workdir, identity, fit, profile.bootstrap_samples, kept)
                 made = True
     shutil.rmtree(workdir, ignore_errors=True)  # a kill after the renaming leaves it
     return _load(folder, identity, was_trained_now=made)
@@ -161,15 +190,17 @@ def save_model(model: Any, folder: Path) -> str | None:
 
 
 def list_runs(root: str | Path | None = None) -> pd.DataFrame:
-    """List the runs below `root`, a row each.
+    """List the runs below `root`, by default the reader's own and the recorded ones, a row each.
 
-    Columns: `run` (its folder below the root), `state` ("finished", "interrupted", "unreadable"), `data`,
-    `profile`, `weights`, `epochs`, `seconds`, `finished`, and the scores on the test set, by image:
+    Columns: `run` (its folder below the root), `recorded`, `state` ("finished", "interrupted", "unreadable"),
+    `data`, `profile`, `weights`, `epochs`, `seconds`, `finished`, and the scores on the test set, by image:
     `accuracy`, `auroc`, `kappa`.
     """
-    root, rows = _root(root), []
-    for folder in sorted(entry for entry in root.glob("*/*/[!.]*") if entry.is_dir()):
-        row: dict[str, Any] = {"run": str(folder.relative_to(root)), "state": "interrupted"}
+    rows, roots = [], [_root(root)] if root else [_root(None), paths.recorded_runs()]
+    folders = [folder for place in roots for folder in sorted(place.glob("*/*/[!.]*")) if folder.is_dir()]
+    for folder in folders:
+        row: dict[str, Any] = {"run": "/".join(folder.parts[-3:]), "recorded": _is_recorded(folder)}
+        row["state"] = "interrupted"
         if folder.suffix != ".partial":
             try:
                 row |= _read_info(folder) | {"state": "finished"}
@@ -177,50 +208,47 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
                 row["state"] = "unreadable"
         rows.append(row)
     scores = {f"metrics.test.image.{name}.value": name for name in ("accuracy", "auroc", "kappa")}
-    shown = ["run", "state", "data", "profile", "weights", "epochs", "seconds", "finished", *scores]
-    return pd.json_normalize(rows).reindex(columns=shown).rename(columns=scores)
+    shown = ["run", "recorded", "state", "data", "profile", "weights", "epochs", "seconds", "finished"]
+    return pd.json_normalize(rows).reindex(columns=[*shown, *scores]).rename(columns=scores)
 
 
 def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
-    """Compare two runs, or two folders of runs (before and after all results were made anew, say).
+    """Compare two runs.
 
     Parameters
     ----------
     a, b : path
-        Folders of a run each, or of many.
+        Their folders.
 
     Returns
     -------
     DataFrame
-        Indexed by run and item of run.json ("config.epochs", "metrics.test.image.auroc.value"): the values
-        `a` and `b` of each that differs. Runs are paired by data, profile, name and config, two single runs
-        in any case; a run without a partner is one row, its item "state".
+        Indexed by item of run.json ("config.epochs", "metrics.test.image.auroc.value"): the values `a` and
+        `b` of each that differs, "none" where a run has no such item.
 
     Raises
     ------
     DiskError, RunError
         A folder holds no finished run, or a damaged one.
     """
-    old, new = _values(a), _values(b)
-    if len(old) == len(new) == 1:
-        new.index = old.index
-    table = pd.DataFrame({"a": old.stack(), "b": new.stack()}, dtype=object).rename_axis(["run", "item"])
-    run, item = (table.index.get_level_values(level) for level in ("run", "item"))
-    paired = run.isin(old.index.intersection(new.index))
-    said = ~item.str.contains(r"^files\.|^finished$|\.low$|\.high$") & (paired | (item == "state"))
-    return table[table["a"].ne(table["b"]) & said]
+    pairs = _differences(*(_read_info(Path(folder)) for folder in (a, b)))
+    table = pd.DataFrame.from_dict(pairs, orient="index", columns=["a", "b"], dtype=object)
+    return table.filter(regex=r"^(?!files\.|finished$|.*\.(low|high)$)", axis="index")
 
 
-def _values(place: str | Path) -> pd.DataFrame:
-    """Make a row of each finished run, `place` or all below it; a column of each value in run.json."""
-    place = Path(place)
-    single = (place / "run.json").exists()
-    folders = [place] if single else [file.parent for file in place.glob("*/*/[!.]*/run.json")]
-    if not folders:
-        raise RunError(f"{place} holds no finished run: give a run's folder, or a folder of runs.")
-    infos = [_read_info(folder) | {"state": "finished"} for folder in folders]
-    names = ["/".join(folder.parts[-3:]) for folder in folders]
-    return pd.json_normalize(infos).astype(object).set_axis(names, axis=0)
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{"config.stages.0.epochs": (its value in a, in b)}, of all that differs."""
+    a, b = _flat(a), _flat(b)
+    pairs = {item: (a.get(item, "none"), b.get(item, "none")) for item in {**a, **b}}
+    return {item: pair for item, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(value: Any, item: str = "") -> dict[str, Any]:
+    """{"config": {"stages": [{"epochs": 5}]}} -> {"config.stages.0.epochs": 5}."""
+    if not isinstance(value, dict | list):
+        return {item: value}
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    return {path: v for key, inner in inside for path, v in _flat(inner, f"{item}.{key}".strip(".")).items()}
 
 
 # What a run is called and where it lies ---------------------------------------------------------
@@ -245,7 +273,9 @@ def _data_identity(index: pd.DataFrame) -> dict[str, Any]:
 
 
 def _root(root: str | Path | None) -> Path:
-    return paths.absolute(root or os.environ.get(VARIABLE) or paths.cache_dir() / "runs")
+    chosen = os.environ.get(VARIABLE)
+    own = None if chosen in ("new", "record") else chosen
+    return paths.absolute(root or own or paths.cache_dir() / "runs")
 
 
 def _folder(identity: dict, root: str | Path | None) -> Path:
@@ -255,11 +285,41 @@ def _folder(identity: dict, root: str | Path | None) -> Path:
     return _root(root) / data_folder / identity["profile"] / f"{identity['name']}-{key}"
 
 
+# Recorded ones ----------------------------------------------------------------------------------
+
+
+def _is_recorded(folder: Path) -> bool:
+    return paths.absolute(folder).is_relative_to(paths.recorded_runs())
+
+
+def _recorded(identity: dict[str, Any]) -> Path | None:
+    """Find the recorded run that fits; where only others of this name and profile exist, say what differs."""
+    places = paths.recorded_runs().glob(f"*/{identity['profile']}/{identity['name']}-????????/run.json")
+    known = [(_unlike(_read_info(place.parent), identity), place.parent) for place in sorted(places)]
+    unlike, folder = min(known, key=lambda run: len(run[0]), default=({}, None))
+    if unlike and folder:
+        info, items = _read_info(folder), list(unlike.items())[:3]
+        why = ", ".join(f"{item} {str(a)[:24]} against {str(b)[:24]}" for item, (a, b) in items)
+        took = f"the recorded one took {_took(info)} on {info['device']}"
+        print(f"No recorded run of {info['name']} fits ({why}). Training now; {took}.")
+    return None if unlike else folder
+
+
+def _unlike(info: dict[str, Any], identity: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Find what differs in a recorded run: data, recipe, weights, major versions of installed libraries."""
+    there, here = {key: info[key] for key in IDENTITY}, identity.copy()
+    for library in sorted({*COMPARED} & info["versions"].keys()):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # scores can be read without it
+            here[library] = metadata.version(library).split(".")[0]
+            there[library] = info["versions"][library].split(".")[0]
+    return _differences(there, here)
+
+
 # Making one -------------------------------------------------------------------------------------
 
 
-def _make(folder: Path, workdir: Path, identity: dict, fit: Callable, samples: int) -> None:
-    """Call `fit` and write what it returns; the caller holds the lock."""
+def _make(folder: Path, workdir: Path, identity: dict, fit: Callable, samples: int, kept: Any) -> None:
+    """Call `fit` and write what it returns, its model as `kept` says; the caller holds the lock."""
     if folder.exists():
         raise RunError(f"{folder} exists but holds no run.json: it is no finished run. Delete it first.")
     if workdir.exists():
@@ -270,6 +330,9 @@ def _make(folder: Path, workdir: Path, identity: dict, fit: Callable, samples: i
     if not isinstance(result, tuple) or len(result) != 3:
         raise RunError("fit(workdir) must return three things: (model, history, predictions).")
     model, history, predictions = result
+    # What is scored is what a file of half the size holds: 7 significant digits.
+    floats: Any = predictions.select_dtypes(["float32", "float64"])
+    predictions = predictions.assign(**floats.map(lambda value: float(f"{value:.7g}")))
     history = pd.DataFrame({"epoch": []}, dtype=int) if history is None else history
     # A resumed run counts the epochs of its earlier attempts, too.
     seconds = max(time.perf_counter() - start, float(history.get("seconds", pd.Series(0.0)).sum()))
@@ -283,15 +346,13 @@ def _make(folder: Path, workdir: Path, identity: dict, fit: Callable, samples: i
         "architecture": getattr(model, "architecture", None),
         "metrics": _scores(predictions, samples),
     }
-    _write(folder, info, model, history, predictions)
-
-
-def _write(folder: Path, info: dict, model: Any, history: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    if kept == "model" and hasattr(model, "half"):  # a torch module
+        model = copy.deepcopy(model).half()
     with disk.atomic(folder, VARIABLE) as new:
         new.mkdir()
         history.to_csv(new / "history.csv", index=False)
         predictions.to_csv(new / "predictions.csv", index=False)
-        info["model"] = save_model(model, new)
+        info["model"] = None if kept == "scores" else save_model(model, new)
         files = sorted(new.iterdir())
         info["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": disk.digest(f)} for f in files}
         info["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -302,7 +363,11 @@ def _scores(predictions: pd.DataFrame, samples: int) -> dict[str, Any]:
     """{split: {level: {metric: {value, low, high}}}} over all body parts; undefined (NaN) becomes null."""
     scores: dict[str, Any] = {}
     levels = {"image": metrics.image_report, "study": metrics.study_report}
-    for split, rows in metrics.check(predictions, ("path", "split")).groupby("split", observed=True):
+    checked = metrics.check(predictions, ("path", "split"))
+    if len(checked) > 1 and checked["probability"].nunique() == 1:
+        advice = "Lower the learning rate, choose another seed, or check the scale of the pixels."
+        raise TrainingError(f"The model is constant: a dead network. {advice}")
+    for split, rows in checked.groupby("split", observed=True):
         for level, report in levels.items():
             overall = report(rows, samples=samples).loc[["OVERALL"]].astype(object)
             overall = overall.where(overall.notna(), None)
@@ -333,9 +398,10 @@ def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
         files = [_verified(folder, info, f"{name}.csv") for name in ("history", "predictions")]
         history, predictions = (pd.read_csv(file, **EXACTLY) for file in files)
         predictions["body_part"] = pd.Categorical(predictions["body_part"], data.BODY_PARTS)
-        for table in (history, predictions):
+        test, dev = (predictions[predictions["split"] == s].reset_index(drop=True) for s in ("test", "dev"))
+        for table in (history, test, dev):
             table.attrs = {"run": info["name"]} | {key: info[key] for key in IDENTITY[2:]}
-        run = Run(folder, info, history, predictions, was_trained_now)
+        run = Run(folder, info, history, test, dev, was_trained_now, _is_recorded(folder))
         run.describe()  # reads what a page reads
     except MuraError:
         raise

