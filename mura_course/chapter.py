@@ -59,7 +59,7 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
     _seed_everything(seed)
     without = "random ones, with a note" if profile.allow_random_weights else "an error that says what to do"
     choice = f"to change it, set {profiles.ENVIRONMENT_VARIABLE} to {', '.join(profiles.NAMES)}"
-    _say("data", data.describe(index))
+    _say("data", data.index.describe(index))
     _say("profile", f"{profile.name} ({choice})")
     _say("device", ", ".join(gpus) if gpus else f"CPU, {cores()} cores")
     _say("weights", f"ImageNet's; where they cannot be downloaded, {without}")
@@ -85,10 +85,8 @@ def gpu_names() -> list[str]:
 def check_kernel() -> None:
     """Raise KernelError, saying which kernel to choose, where this Python lacks what the book needs."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise KernelError(
-            f"This kernel's Python ({sys.executable}) lacks {', '.join(missing)}. Choose the book's own "
-            "(Kernel > Change Kernel), or install the book's package here, as the setup chapter shows."
-        )
+        remedy = "Choose the book's own (Kernel > Change Kernel), or install the book's package here"
+        raise KernelError(f"This kernel's Python ({sys.executable}) lacks {', '.join(missing)}. {remedy}.")
 
 
 def _seed_everything(seed: int) -> None:

@@ -55,13 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--detector", default="rapidocr", help="rapidocr (default), strokes or keras-ocr")
     text.set_defaults(run=_remove_text)
 
-    runs = commands.add_parser("runs", help="list finished runs, compare two, make recorded ones anew")
+    runs = commands.add_parser("runs", help="list finished runs, make recorded ones anew")
     runs.set_defaults(run=_runs)
     actions = runs.add_subparsers(metavar="action")
     actions.add_parser("list", help="one's own runs and the recorded ones (also without an action)")
-    diff = actions.add_parser("diff", help="what changed between two runs")
-    diff.add_argument("a", type=Path, help="folder of a run")
-    diff.add_argument("b", type=Path, help="folder of another")
     verify = actions.add_parser("verify", help="train the cheapest recorded runs anew, and compare")
     verify.add_argument("--name", help="of one recorded run")
     verify.set_defaults(run=_verify)
@@ -97,11 +94,11 @@ def _remove_text(data: Path, out: Path, detector: str) -> None:
     print(f"{out}: {found}. To use it, set MURA_DATA to this folder.")
 
 
-def _runs(a: Path | None = None, b: Path | None = None) -> None:
+def _runs() -> None:
     from . import runs
 
-    table = runs.diff(a, b) if a and b else runs.list_runs()
-    print(printable(table.to_string()) if len(table) else "Nothing: no runs yet, or no difference.")
+    table = runs.list_runs()
+    print(printable(table.to_string()) if len(table) else "There are no runs yet.")
 
 
 def _verify(name: str | None) -> int:
@@ -113,11 +110,12 @@ def _verify(name: str | None) -> int:
     split = data.split_dev(index, profile.dev_fraction)
     same = {"profile": profile.name, "fingerprint": data.fingerprint(split)}
     cheapest: dict[str, runs.Run] = {}
-    for run in [runs.load(file.parent) for file in paths.recorded_runs().glob("*/*/[!.]*/run.json")]:
-        info, framework = run.info, "torch" if run.info["architecture"] else "keras"
+    recorded = [runs.load(file.parent) for file in paths.recorded_runs().glob("*/*/[!.]*/run.json")]
+    for run in sorted(recorded, key=lambda run: -run.info["seconds"]):  # the cheapest of each framework last
+        info = run.info
         fits = same.items() <= info.items() and name in (None, info["name"]) and info["seconds"] <= SECONDS
         if fits and info["config"].keys() == Recipe.__dataclass_fields__.keys():
-            cheapest[framework] = min(run, cheapest.get(framework, run), key=lambda run: run.info["seconds"])
+            cheapest["torch" if info["architecture"] else "keras"] = run
     if not cheapest:
         raise RunError(f"No recorded run ({name or 'any'}) is of a recipe, these data and up to {SECONDS} s.")
     off = [_difference(framework, run, split, profile) for framework, run in cheapest.items()]

@@ -4,8 +4,6 @@ Every other room writes through this one. Imports only `errors`. Nothing here fo
 stands where a working file or folder is to be made.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -24,12 +22,6 @@ from .errors import DiskError
 DAY = 86_400.0  # seconds after which what a killed process left is removed
 
 
-def remedy(variable: str) -> str:
-    """Say what to do about a disk that refuses; without a `variable` to set, the caller named the folder."""
-    other = f"set {variable} to another folder" if variable else "name another folder"
-    return f"Make room or allow writing there, or {other}."
-
-
 @contextlib.contextmanager
 def named(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
     """Turn the disk's errors into one that names `path`, the reason and the `variable` to set ("": none)."""
@@ -38,8 +30,9 @@ def named(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
     except DiskError:
         raise
     except OSError as error:
-        reason = error.strerror or error
-        raise DiskError(f"{path} cannot be written ({reason}). {remedy(variable)}") from error
+        remedy = f"set {variable} to another folder" if variable else "name another folder"
+        what = f"{path} cannot be written ({error.strerror or error})"
+        raise DiskError(f"{what}. Make room or allow writing there, or {remedy}.") from error
 
 
 @contextlib.contextmanager
@@ -156,11 +149,3 @@ def write_json(file: Path, content: dict[str, Any], variable: str = "MURA_CACHE"
     """Write a JSON object, whole or not at all."""
     with atomic(file, variable) as beside:
         beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def require_room(folder: Path, needed: int, variable: str = "MURA_CACHE") -> None:
-    """Raise DiskError, naming `folder`, unless `needed` bytes are free there."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        sizes = f"{needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free"
-        raise DiskError(f"{folder} has too little room: {sizes}. {remedy(variable)}")

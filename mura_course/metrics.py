@@ -5,8 +5,6 @@ scores out. A radiologist reads a *study*, a network reads an *image*; a report 
 numbers are about. Chapter 1 explains both levels, chapter 6 the bootstrap.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 

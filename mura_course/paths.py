@@ -3,8 +3,6 @@
 Writes nothing but the cache folder itself. The setup chapter explains `MURA_CACHE`.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -34,10 +32,8 @@ def cache_dir() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise DiskError(
-            f"The cache folder {folder} cannot be written to ({error.strerror}). Set the environment "
-            "variable MURA_CACHE to a folder that can."
-        ) from error
+        what = f"The cache folder {folder} cannot be written to ({error.strerror})"
+        raise DiskError(f"{what}. Set the environment variable MURA_CACHE to another one.") from error
     return folder
 
 

@@ -7,8 +7,6 @@ notebook shows where it ends a cell (elsewhere: ``display(figure)``); none calls
 introduces them.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

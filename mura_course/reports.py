@@ -4,10 +4,8 @@ Turns the numbers of `metrics` into text and tables; reads and writes no file bu
 Chapters 5 to 9 use it for every comparison; chapter 6 explains the intervals.
 """
 
-from __future__ import annotations
-
-import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +22,7 @@ Model = Run | pd.DataFrame  # a run, or predictions as `metrics.image_report` ta
 Models = Mapping[str, Model]  # by name
 BIG = 0.05
 """A difference of more than this is big, in `agreement`."""
+DOCSTRING = re.compile(r'("""(?:(?!""").)+)\n(?s:.*?)"""')  # one of several lines: the first, then the others
 
 
 def data_name(source: Model | Mapping[str, Any]) -> str:
@@ -69,17 +68,9 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
 
 def show_source(*things: Callable[..., Any] | type) -> Markdown:
     """Show functions or classes of the package as highlighted code, docstrings cut to their first line."""
-    blocks = []
-    for thing in things:
-        lines = textwrap.dedent(inspect.getsource(thing)).splitlines()
-        documented = (ast.FunctionDef, ast.ClassDef)
-        nodes = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, documented)]
-        for node in sorted(nodes, key=lambda node: -node.lineno):  # from the last, so that numbers hold
-            first = node.body[0]
-            if ast.get_docstring(node) and first.end_lineno != first.lineno:
-                lines[first.lineno - 1 : first.end_lineno] = [lines[first.lineno - 1] + '"""']
-        blocks.append("\n".join(["```python", f"# {thing.__module__}", *lines, "```"]))
-    return Markdown("\n\n".join(blocks))
+    sources = [DOCSTRING.sub(r'\1"""', textwrap.dedent(inspect.getsource(thing))) for thing in things]
+    blocks = zip(things, sources, strict=True)
+    return Markdown("\n\n".join(f"```python\n# {of.__module__}\n{source}```" for of, source in blocks))
 
 
 def image_reports(models: Models, samples: int = 1000, level: str = "image") -> dict[str, pd.DataFrame]:

@@ -12,8 +12,6 @@ whole or absent. While it is made there is a folder ``<run>.partial``, the worki
 survives a kill. The setup chapter explains where runs lie and how to delete one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import datetime
@@ -103,8 +101,8 @@ def fit_or_load(
     name: str,
     config: dict[str, Any],
     fit: Callable[[Path], tuple[Any, pd.DataFrame | None, pd.DataFrame]],
-    index: pd.DataFrame | None = None,
-    profile: profiles.Profile | None = None,
+    index: pd.DataFrame,
+    profile: profiles.Profile,
     weights: str = "random",
     root: str | Path | None = None,
     record: str | bool = False,
@@ -126,8 +124,8 @@ def fit_or_load(
         predictions, of dev and test, have the index's columns and `probability` (kept to 7 digits). What
         `fit` leaves in `workdir` survives a kill, and the next call gets the same folder. A second process
         that asks for the run waits, then loads it.
-    index, profile : optional
-        As `data.load_index` and `profiles.current` return them, which is also the default.
+    index, profile
+        As `data.load_index` (or `split_dev`) and `profiles.current` return them.
     weights : str
         Where the initial weights came from: "random" or "imagenet". Part of the run's identity.
     root : path, optional
@@ -151,8 +149,6 @@ def fit_or_load(
     DiskError
         No room or no permission to write.
     """
-    index = data.load_index() if index is None else index
-    profile = profile or profiles.current(index)
     identity = _identity(name, config, index, profile, weights)
     one_of("record", record, (False, "scores", "model"), RunError)
     mode = os.environ.get(VARIABLE) if record and root is None else "new"
@@ -160,21 +156,15 @@ def fit_or_load(
     workdir, made = folder.with_name(f"{folder.name}.partial"), False
     if not (folder / "run.json").exists():
         if mode not in ("new", "record") and (recorded := _recorded(identity)):
-            return _load(recorded, identity)
+            return load(recorded, identity)
         if mode == "record" and not re.fullmatch(os.environ.get(ONLY) or ".*", name):
             raise RunError(f"Run {name}: {LEFT_OUT}. {ONLY} does not name it.")
         with disk.lock(folder, VARIABLE):
-            if not (folder / "run.json").exists():  # unless the process that we waited for has made it
+            if made := not (folder / "run.json").exists():  # else the process that we waited for has made it
                 kept = record if mode == "record" else "all"
                 _make(folder, workdir, identity, fit, profile.bootstrap_samples, kept)
-                made = True
     shutil.rmtree(workdir, ignore_errors=True)  # a kill after the renaming leaves it
-    return _load(folder, identity, was_trained_now=made)
-
-
-def load(folder: str | Path, index: pd.DataFrame | None = None) -> Run:
-    """Load the finished run in `folder`; with `index`, RunError unless it was made on exactly these data."""
-    return _load(Path(folder), {} if index is None else _data_identity(index))
+    return load(folder, identity, was_trained_now=made)
 
 
 @functools.singledispatch
@@ -197,43 +187,16 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
     `accuracy`, `auroc`, `kappa`.
     """
     rows, roots = [], [_root(root)] if root else [_root(None), paths.recorded_runs()]
-    folders = [folder for place in roots for folder in sorted(place.glob("*/*/[!.]*")) if folder.is_dir()]
-    for folder in folders:
+    for folder in (folder for place in roots for folder in sorted(place.glob("*/*/[!.]*/"))):
         row: dict[str, Any] = {"run": "/".join(folder.parts[-3:]), "recorded": _is_recorded(folder)}
-        row["state"] = "interrupted"
-        if folder.suffix != ".partial":
-            try:
-                row |= _read_info(folder) | {"state": "finished"}
-            except MuraError:
-                row["state"] = "unreadable"
+        try:
+            row |= _read_info(folder) | {"state": "finished"}
+        except MuraError:
+            row["state"] = "interrupted" if folder.suffix == ".partial" else "unreadable"
         rows.append(row)
     scores = {f"metrics.test.image.{name}.value": name for name in ("accuracy", "auroc", "kappa")}
     shown = ["run", "recorded", "state", "data", "profile", "weights", "epochs", "seconds", "finished"]
     return pd.json_normalize(rows).reindex(columns=[*shown, *scores]).rename(columns=scores)
-
-
-def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
-    """Compare two runs.
-
-    Parameters
-    ----------
-    a, b : path
-        Their folders.
-
-    Returns
-    -------
-    DataFrame
-        Indexed by item of run.json ("config.epochs", "metrics.test.image.auroc.value"): the values `a` and
-        `b` of each that differs, "none" where a run has no such item.
-
-    Raises
-    ------
-    DiskError, RunError
-        A folder holds no finished run, or a damaged one.
-    """
-    pairs = _differences(*(_read_info(Path(folder)) for folder in (a, b)))
-    table = pd.DataFrame.from_dict(pairs, orient="index", columns=["a", "b"], dtype=object)
-    return table.filter(regex=r"^(?!files\.|finished$|.*\.(low|high)$)", axis="index")
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -261,15 +224,11 @@ def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Pr
         text = json.dumps(config, sort_keys=True, allow_nan=False, default=lambda value: value.item())
     except (TypeError, ValueError, AttributeError) as error:
         raise RunError(f"A run's config must hold numbers, text, lists, dicts only: {error}") from error
-    own = {"name": name, "config": json.loads(text), "profile": profile.name, "weights": weights}
-    return own | _data_identity(index)
-
-
-def _data_identity(index: pd.DataFrame) -> dict[str, Any]:
     if index.empty:
         raise RunError("The index has no rows: there is nothing to train on.")
-    fingerprint = data.fingerprint(index)
-    return {"data": index.attrs["name"], "is_demo": index.attrs["is_demo"], "fingerprint": fingerprint}
+    own = {"name": name, "config": json.loads(text), "profile": profile.name, "weights": weights}
+    own |= {"fingerprint": data.fingerprint(index), "is_demo": index.attrs["is_demo"]}
+    return own | {"data": index.attrs["name"]}
 
 
 def _root(root: str | Path | None) -> Path:
@@ -369,10 +328,10 @@ def _scores(predictions: pd.DataFrame, samples: int) -> dict[str, Any]:
         raise TrainingError(f"The model is constant: a dead network. {advice}")
     for split, rows in checked.groupby("split", observed=True):
         for level, report in levels.items():
-            overall = report(rows, samples=samples).loc[["OVERALL"]].astype(object)
+            overall: Any = report(rows, samples=samples).loc["OVERALL"]
             overall = overall.where(overall.notna(), None)
             counts = {count: int(overall[count].item()) for count in metrics.COUNTS[1:]}
-            found = {metric: overall[metric].iloc[0].to_dict() for metric in metrics.METRICS}
+            found = {metric: overall[metric].to_dict() for metric in metrics.METRICS}
             scores.setdefault(str(split), {})[level] = counts | found
     return scores
 
@@ -390,9 +349,11 @@ def _device() -> str:
 # Reading one ------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, expected: dict, was_trained_now: bool = False) -> Run:
+def load(folder: str | Path, expected: dict[str, Any] | None = None, was_trained_now: bool = False) -> Run:
+    """Load the finished run in `folder`; RunError where its run.json says something else than `expected`."""
+    folder = Path(folder)
     info = _read_info(folder)
-    if other := ", ".join(key for key, value in expected.items() if info.get(key) != value):
+    if other := ", ".join(key for key, value in (expected or {}).items() if info[key] != value):
         raise RunError(f"{folder} holds another run: {other} differ. Delete or move it to train anew.")
     try:
         files = [_verified(folder, info, f"{name}.csv") for name in ("history", "predictions")]

@@ -4,8 +4,6 @@ Imports no deep-learning framework; each framework's `backbones` or `models` mod
 Writes where Keras, torch or keras-ocr keep their weights. Chapters 5 and 7 explain what the weights bring.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import textwrap

@@ -34,14 +34,10 @@ def write_mura(
     newline: str = "\n",
     bom: bool = False,
     prefix: str = "MURA-v1.1/",
-    extension: str = ".png",
     macos: bool = False,
     truth: bool = False,
 ) -> Path:
-    """Write empty image files and four CSV files; `extension` is the disk's, the CSV files say ``.png``.
-
-    truth: with the files that make them demo data.
-    """
+    """Write empty image files and four CSV files; truth: with the files that make them demo data."""
     lines: dict[str, list[str]] = {
         f"{folder}_{kind}": [] for folder in ("train", "valid") for kind in ("image_paths", "labeled_studies")
     }
@@ -51,7 +47,7 @@ def write_mura(
         (root / place).mkdir(parents=True)
         lines[f"{folder}_labeled_studies"].append(f"{prefix}{place}/,{int(positive)}")
         for view in range(1, views + 1):
-            (root / place / f"image{view}{extension}").touch()
+            (root / place / f"image{view}.png").touch()
             lines[f"{folder}_image_paths"].append(f"{prefix}{place}/image{view}.png")
             if macos:
                 (root / place / f"._image{view}.png").touch()
@@ -120,6 +116,12 @@ def flip_byte(file: Path, place: int) -> None:
     content[place] ^= 1
     file.write_bytes(bytes(content))
     os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def flips(content: bytes, count: int = 60) -> Iterable[bytes]:
+    """`content` with one bit changed, at places spread over all of it."""
+    for place in np.linspace(0, len(content) - 1, count).astype(int):
+        yield content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :]
 
 
 def make_predictions(index: pd.DataFrame, signal: float = 1.0, seed: int = 0) -> pd.DataFrame:

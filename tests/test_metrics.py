@@ -22,12 +22,12 @@ def make(labels, probabilities, patients=None, parts="HAND", views_per_study=1):
     return pd.DataFrame(columns | {"label": labels, "probability": probabilities})
 
 
-def simulate(patients, rng, between=1.0):
+def simulate(patients, rng):
     """Images of patients whose own offset shifts all their scores: 1-6 views each, true AUROC fixed."""
     views = rng.integers(1, 7, patients)
     patient = np.repeat(np.arange(patients), views)
     label = np.repeat(rng.random(patients) < 0.4, views).astype(int)
-    logit = 1.2 * label + between * np.repeat(rng.standard_normal(patients), views)
+    logit = 1.2 * label + np.repeat(rng.standard_normal(patients), views)
     logit = logit + 0.5 * rng.standard_normal(len(patient))
     return make(label, 1 / (1 + np.exp(-logit)), patient)
 
@@ -54,16 +54,9 @@ def reference(label, probability, part=None):
     }
 
 
-scored = st.lists(
-    st.tuples(
-        st.integers(0, 1),
-        st.sampled_from([0.0, 0.2, 0.5, 0.5000001, 0.7, 1.0]),
-        st.integers(0, 4),
-        st.sampled_from(["WRIST", "HAND", "ELBOW"]),
-    ),
-    min_size=1,
-    max_size=40,
-)
+PROBABILITIES, PARTS = [0.0, 0.2, 0.5, 0.5000001, 0.7, 1.0], ["WRIST", "HAND", "ELBOW"]
+row = st.tuples(st.integers(0, 1), st.sampled_from(PROBABILITIES), st.integers(0, 4), st.sampled_from(PARTS))
+scored = st.lists(row, min_size=1, max_size=40)
 
 
 @given(scored)
@@ -92,23 +85,6 @@ def test_every_resample_equals_scikit_learn_with_weights(rows, seed):
             repeated = np.repeat(np.arange(len(label)), drawn[patient].astype(int))
             for metric, expected in reference(*(c[repeated] for c in (label, probability, part))).items():
                 assert found[metric][i] == pytest.approx(expected, nan_ok=True, abs=1e-12), metric
-
-
-def test_intervals_cover_the_truth():
-    """Of 95 % intervals on 100 simulated data sets, roughly 95 % hold the true AUROC; by image far fewer."""
-    rng = np.random.default_rng(7)
-    big = simulate(50_000, rng)
-    truth = sk.roc_auc_score(big["label"], big["probability"])
-
-    def covers(predictions):
-        found = metrics.image_report(predictions, samples=200).loc["OVERALL", "auroc"]
-        return found["low"] <= truth <= found["high"]
-
-    samples = [simulate(120, rng) for _ in range(100)]
-    by_patient = sum(covers(sample) for sample in samples)
-    by_image = sum(covers(sample.assign(patient=np.arange(len(sample)))) for sample in samples)
-    assert by_patient >= 88
-    assert by_image <= by_patient - 10
 
 
 def test_shape_counts_and_provenance():
@@ -142,7 +118,13 @@ def test_study_probability_is_the_mean_over_views():
     assert tied["probability"].tolist() == [0.2, 0.2]  # the mean of three floats 0.2 is not 0.2
 
 
-def test_order_of_rows_and_other_parts_change_nothing():
+def test_order_of_rows_and_other_parts_change_nothing_and_one_class_is_undefined_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would land in the chapter
+        row = metrics.image_report(make([0, 0, 0], [0.1, 0.2, 0.3]), samples=30).loc["OVERALL"]
+    for metric in ("auroc", "kappa", "sensitivity", "f1"):
+        assert row[metric][["value", "low", "high"]].isna().all() and row[metric]["resamples"] == 0
+    assert row["accuracy"][["value", "low", "high"]].tolist() == [1, 1, 1]
     predictions = simulate(40, np.random.default_rng(0))
     predictions["body_part"] = np.where(predictions["patient"] % 2, "HAND", "WRIST")
     report = metrics.image_report(predictions, samples=100)
@@ -202,12 +184,3 @@ def test_a_paired_difference_has_a_sign_and_no_order(seed):
     reports = [metrics.study_report(t, samples=0).loc["OVERALL"] for t in (a, b)]
     for metric, value in by_study["value"].items():
         np.testing.assert_allclose(value, reports[0][metric, "value"] - reports[1][metric, "value"])
-
-
-def test_one_class_is_undefined_without_a_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a warning would land in the chapter
-        row = metrics.image_report(make([0, 0, 0], [0.1, 0.2, 0.3]), samples=30).loc["OVERALL"]
-    for metric in ("auroc", "kappa", "sensitivity", "f1"):
-        assert row[metric][["value", "low", "high"]].isna().all() and row[metric]["resamples"] == 0
-    assert row["accuracy"][["value", "low", "high"]].tolist() == [1, 1, 1]

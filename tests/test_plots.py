@@ -62,7 +62,7 @@ def test_curves_of_one_run_show_train_and_dev_in_a_panel_a_score():
     assert not used & set(plots.COLOURS)
 
 
-def test_curves_of_several_runs_have_a_colour_a_run():
+def test_curves_of_several_runs_have_a_colour_a_run_and_axes_start_at_chance_or_below():
     histories = {"long": make_history(6, 1), "short": make_history(3, 2, weights="imagenet")}
     histories["long"].loc[0, ["accuracy", "auc"]] = np.nan  # a stage with another target
     figure = plots.learning_curves(histories, ["auc", "loss", "accuracy"])
@@ -74,9 +74,6 @@ def test_curves_of_several_runs_have_a_colour_a_run():
             assert line.get_color() == plots.MODELS[i]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["long", "short"]
     assert "MURA-demo (synthetic films, not MURA) · image level · profile smoke" in texts(figure)
-
-
-def test_axes_of_curves_start_at_chance_unless_a_curve_lies_below():
     history = make_history(f1=None)
     history.loc[2, "val_auc"], history.loc[0, "loss"] = 0.3, 9.0
     loss, accuracy, auc, kappa = plots.learning_curves(history).axes
@@ -85,27 +82,19 @@ def test_axes_of_curves_start_at_chance_unless_a_curve_lies_below():
     for axis, chance in ((auc, 0.5), (kappa, 0)):
         assert chance in [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"]
     assert all(line.get_linestyle() != ":" for line in [*loss.lines, *accuracy.lines])
-
-
-def test_a_dotted_line_parts_the_stages_and_dev_may_lack():
+    # A dotted line parts the stages, and dev may lack.
     history = make_history(5, panels=("loss", "f1")).assign(stage=[1, 1, 2, 2, 2]).drop(columns="val_f1")
     loss, f1 = plots.learning_curves(history).axes
     assert f1.get_title() == "Macro F1" and len(f1.lines) == 2
     assert [line.get_xdata() for line in loss.lines if line.get_linestyle() == ":"] == [[2.5, 2.5]]
-
-
-def test_curves_name_what_the_histories_lack():
     with pytest.raises(PredictionsError, match="Not every history has f1, kappa"):
         plots.learning_curves(make_history(panels=("loss",)), ["loss", "kappa", "f1"])
 
 
-@pytest.mark.parametrize(
-    ("level", "cells", "title"),
-    [
-        ("image", ["3\n75%", "1\n25%", "3\n75%", "1\n25%"], "8 images, test set"),
-        ("study", ["2\n100%", "0\n0%", "2\n100%", "0\n0%"], "4 studies, test set"),
-    ],
-)
+@pytest.mark.parametrize("level, cells, title", [
+    ("image", ["3\n75%", "1\n25%"] * 2, "8 images, test set"),
+    ("study", ["2\n100%", "0\n0%"] * 2, "4 studies, test set"),
+])  # fmt: skip
 def test_a_matrix_counts_and_says_what_about(predictions, level, cells, title):
     figure = plots.confusion_matrices(predictions, level)
     (axis,) = figure.axes
@@ -141,7 +130,7 @@ def films(tmp_path):
     return rows
 
 
-def test_films_are_framed_in_their_labels_colour_and_word(films):
+def test_films_are_framed_in_their_labels_colour_and_word(films, tmp_path):
     figure = plots.films(films, ncols=2)
     titles = [axis.get_title() for axis in figure.axes[:3]]
     assert titles == ["HAND, normal", "WRIST, abnormal", "ELBOW, normal"]
@@ -152,9 +141,6 @@ def test_films_are_framed_in_their_labels_colour_and_word(films):
     assert not figure.axes[3].get_visible()
     assert [a.get_title() for a in plots.films(films, titles="view").axes][:2] == ["1, normal", "2, abnormal"]
     assert plots.films(films, titles=["a", "b", "c"]).axes[2].get_title() == "c, normal"
-
-
-def test_a_missing_film_is_named(films, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(DataNotFoundError, match="1.png is missing or no image"):
         plots.films(films)
@@ -174,13 +160,9 @@ def test_intervals_are_those_of_the_report(predictions):
     shown = texts(figure)
     assert reports.format_report(report).loc["OVERALL", "Accuracy"] in shown
     assert DEMO_LINE.format("image") in shown
-
-
-def test_several_reports_are_told_apart(predictions):
-    models = {
-        "by image": metrics.image_report(predictions, samples=20),
-        "by study": metrics.study_report(predictions, samples=20).drop(index="WRIST"),
-    }
+    # Several reports are told apart.
+    models = {"by image": metrics.image_report(predictions, samples=20)}
+    models["by study"] = metrics.study_report(predictions, samples=20).drop(index="WRIST")
     figure = plots.interval_bars(models, "auroc")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
     shown = texts(figure)
@@ -207,13 +189,8 @@ def test_one_line_per_model_coloured_by_where_its_weights_come_from(predictions)
 def test_figures_are_opaque_white_and_shown_once(predictions, films):
     report = metrics.image_report(predictions, samples=5)
     with plt.rc_context({"figure.facecolor": "none", "font.size": 30}):
-        figures = [
-            plots.learning_curves(make_history()),
-            plots.confusion_matrices(predictions),
-            plots.films(films),
-            plots.interval_bars(report),
-            plots.overall_bars({"one": report}),
-        ]
+        figures = [plots.learning_curves(make_history()), plots.confusion_matrices(predictions)]
+        figures += [plots.films(films), plots.interval_bars(report), plots.overall_bars({"one": report})]
         assert plt.rcParams["font.size"] == 30  # the caller's settings stay
     for figure in figures:
         assert to_hex(figure.get_facecolor(), keep_alpha=True) == "#ffffffff"

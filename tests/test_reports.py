@@ -16,16 +16,13 @@ GOOD, POOR = make_predictions(TEST, 8, seed=0), make_predictions(TEST, 0, seed=1
 FAIR = make_predictions(TEST, 1, seed=3)
 
 
-def test_the_data_are_named_from_an_index_predictions_a_run_or_its_info(tmp_path):
+def test_data_and_provenance_are_named_from_an_index_predictions_a_run_or_its_info(tmp_path):
     run = runs.fit_or_load("a", {}, lambda w: (None, None, GOOD), INDEX, profiles.get("smoke"), root=tmp_path)
     report = metrics.image_report(GOOD, samples=2)
     for source in (INDEX, GOOD, report, run, run.info, run.predictions):
         assert reports.data_name(source) == "MURA-demo, synthetic films"
     assert reports.data_name(make_index(name="MURA-v1.1")) == "MURA-v1.1"
     assert reports.data_name(pd.DataFrame()) == "data not stated"
-
-
-def test_provenance_says_what_is_known_and_what_is_not():
     demo = {"data": "MURA-demo", "is_demo": True, "weights": "random", "profile": "smoke"}
     line = "MURA-demo (synthetic films, not MURA) · study level · random weights · profile smoke"
     assert reports.provenance(demo, "study") == line
@@ -35,22 +32,16 @@ def test_provenance_says_what_is_known_and_what_is_not():
     assert reports.provenance({}) == "data not stated · weights not stated"
 
 
-def test_a_markdown_table_has_a_rule_and_any_values():
+def test_tables_intervals_and_the_packages_own_source_are_shown():
     table = reports.markdown_table(["model", "n"], [("*Lite0*", 3), ["random", 2.5]])
     assert table.data == "| model | n |\n| --- | --- |\n| *Lite0* | 3 |\n| random | 2.5 |"
-
-
-def test_shown_source_is_the_packages_own():
+    assert reports.interval(0.7512, 0.708, 0.79) == "0.75 [0.71, 0.79]"
+    assert reports.interval(0.5, np.nan, np.nan) == "0.50 [no interval]"
+    assert reports.interval(np.nan, np.nan, np.nan) == "undefined"
     shown = reports.show_source(metrics.provenance_of, metrics.Scorer.__call__).data
     first, second = shown.removeprefix("```python\n").removesuffix("```").split("```\n\n```python\n")
     assert first == "# mura_course.metrics\n" + inspect.getsource(metrics.provenance_of)
     assert second.startswith("# mura_course.metrics\ndef __call__(self") and "return {" in second
-
-
-def test_an_interval_reads_well_and_says_what_is_lacking():
-    assert reports.interval(0.7512, 0.708, 0.79) == "0.75 [0.71, 0.79]"
-    assert reports.interval(0.5, np.nan, np.nan) == "0.50 [no interval]"
-    assert reports.interval(np.nan, np.nan, np.nan) == "undefined"
 
 
 def test_a_report_is_written_with_names_and_intervals():
@@ -60,9 +51,6 @@ def test_a_report_is_written_with_names_and_intervals():
     assert shown.loc["OVERALL", "Cohen's kappa"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
     assert shown.columns.tolist() == [*metrics.COUNTS, *metrics.METRICS.values()]
     assert shown.index.tolist() == ["HAND", "WRIST", "OVERALL"]
-
-
-def test_resamples_without_a_score_are_counted_beside_it():
     report = metrics.image_report(POOR.groupby("label").head(1), samples=400)  # two patients: often one class
     drawn = int(report.loc["OVERALL", ("auroc", "resamples")])
     assert 100 < drawn < 300
@@ -152,21 +140,16 @@ def test_a_claim_agrees_disagrees_or_cannot_be_told():
         reports.agreement("slightly better", GOOD, POOR)
 
 
-def test_over_seeds_differences_of_scores_are_averaged():
+def test_over_seeds_differences_are_averaged_and_the_fraction_right_has_an_interval_over_patients():
     ours, theirs = ([make_predictions(TEST, signal, seed) for seed in range(3)] for signal in (2, 1))
     each = [metrics.paired_difference(a, b)["value"]["kappa"] for a, b in zip(ours, theirs, strict=True)]
     mean = metrics.paired_difference(ours, theirs)
     assert mean["value"]["kappa"] == pytest.approx(np.mean(each))
-    text = (
-        f"{reports.format_difference(mean, 'kappa', 2)} over 3 seeds ({min(each):+.2f} to {max(each):+.2f})"
-    )
-    assert reports.over_seeds(ours, theirs, "kappa") == text
+    text = f"{reports.format_difference(mean, 'kappa', 2)} over 3 seeds"
+    assert reports.over_seeds(ours, theirs, "kappa") == f"{text} ({min(each):+.2f} to {max(each):+.2f})"
     for a, b in ((ours, theirs[:2]), ([], [])):
         with pytest.raises(PredictionsError, match="give as many of each"):
             reports.over_seeds(a, b)
-
-
-def test_the_fraction_right_has_an_interval_over_patients():
     rows = TEST.groupby("patient").head(1).head(3)
     assert reports.fraction_right(rows, [True] * 3) == "1.000 [1.000, 1.000]"
     # All three draws are the patient who is right in 1 of 27 resamples: more than the upper 2.5 %.

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +50,10 @@ def test_fits_once_and_loads_ever_after_exactly(tmp_path):
     assert made.was_trained_now and "trained now" in made.describe()
     found = make(tmp_path, fit=never)
     assert not found.was_trained_now and found.folder == made.folder
-    parts = (
-        "loaded (made 20",
-        "MURA-demo (synthetic films, not MURA)",
-        "random weights",
-        "cores, in 40 s",
-        "2 epochs.",
+    said = re.compile(
+        r"loaded \(made 20.*in 40 s; data MURA-demo \(synthetic films, not MURA\), .*random w.*2 ep"
     )
-    assert all(part in found.describe() for part in parts)
+    assert said.search(found.describe())
     with pytest.raises(RunError, match="has no saved model"):
         found.model_file()
     pd.testing.assert_frame_equal(found.history, HISTORY, check_exact=True)
@@ -90,13 +88,8 @@ def test_run_json_says_what_a_reader_must_know(tmp_path):
 def test_identity_is_config_weights_profile_and_data(tmp_path):
     other_labels = INDEX.assign(label=1 - INDEX["label"])
     other_labels.attrs = INDEX.attrs
-    variants = [
-        {},
-        {"config": {"layers": 5, "dropout": 0.3}},
-        {"weights": "imagenet"},
-        {"name": "funnel-out"},
-    ]
-    variants += [{"profile": profiles.get("demo")}, {"index": other_labels}]
+    variants = [{}, {"config": {"layers": 5, "dropout": 0.3}}, {"weights": "imagenet"}]
+    variants += [{"name": "funnel-out"}, {"profile": profiles.get("demo")}, {"index": other_labels}]
     assert len({make(tmp_path, **variant).folder for variant in variants}) == len(variants)
     same = {"dropout": np.float64(0.3), "layers": np.int64(4)}  # order and number types do not matter
     assert not make(tmp_path, fit=never, config=same).was_trained_now
@@ -109,7 +102,7 @@ def test_two_indexes_with_the_same_paths_and_other_content_never_share_a_run(tmp
     made = [make(tmp_path, index=with_attrs(INDEX, content=content)) for content in contents]
     assert all(run.was_trained_now for run in made) and len({run.folder for run in made}) == 3
     with pytest.raises(RunError, match="another run: fingerprint"):
-        runs.load(made[0].folder, index=with_attrs(INDEX, content=contents[1]))
+        runs.load(made[0].folder, made[1].info)
 
 
 def test_an_interrupted_fit_gets_its_working_folder_again(tmp_path, capsys):
@@ -124,13 +117,10 @@ def test_an_interrupted_fit_gets_its_working_folder_again(tmp_path, capsys):
     run = make(tmp_path, lambda w: (None, HISTORY.head(len((w / "state").read_text())), predicted()))
     assert "interrupted earlier" in capsys.readouterr().out
     assert run.was_trained_now and list(run.folder.parent.glob("*.partial")) == []
-
-
-def test_a_constant_model_is_no_run(tmp_path):
-    with pytest.raises(TrainingError, match="constant.*dead.*learning rate"):
-        make(tmp_path, lambda w: (None, HISTORY, predicted().assign(probability=0.5)))
+    with pytest.raises(TrainingError, match="constant.*dead.*learning rate"):  # no run
+        make(tmp_path, lambda w: (None, HISTORY, predicted().assign(probability=0.5)), "constant")
     one = predicted().head(1)
-    assert make(tmp_path, lambda w: (None, HISTORY, one)).dev_predictions.empty
+    assert make(tmp_path, lambda w: (None, HISTORY, one), "one-film").dev_predictions.empty
 
 
 class Killed(BaseException):
@@ -235,8 +225,7 @@ DAMAGES = {
     "no text": lambda f: (f / "run.json").write_bytes(b"\xff\xfe\x00"),
     "no object": lambda f: (f / "run.json").write_text("[1, 2]"),
     "no run.json": lambda f: (f / "run.json").unlink(),
-    "no name": lambda f: change_json(f, name=...),
-    "no files": lambda f: change_json(f, files=...),
+    **{f"no {key}": partial(change_json, **{key: ...}) for key in runs.KEYS},
     "files no object": lambda f: change_json(f, files=3),
     "seconds no number": lambda f: change_json(f, seconds="long"),
     "finished no text": lambda f: change_json(f, finished=None),
@@ -260,11 +249,11 @@ def test_a_damaged_folder_is_refused_in_one_line_with_the_remedy(tmp_path, damag
 
 def test_one_bad_run_json_does_not_end_the_list_for_all(tmp_path, capsys, monkeypatch):
     good = make(tmp_path)
-    for number, damage in enumerate(list(DAMAGES)[:4]):
+    for number, damage in enumerate(list(DAMAGES)[:6]):
         DAMAGES[damage](make(tmp_path, name=f"bad{number}").folder)
     change_json(make(tmp_path, name="red").folder, device="\x1b[31mred", weights="\x1b[31mred")
     table = runs.list_runs(tmp_path).set_index("run")
-    assert table["state"].value_counts().to_dict() == {"unreadable": 4, "finished": 2}
+    assert table["state"].value_counts().to_dict() == {"unreadable": 6, "finished": 2}
     row = table.loc[str(good.folder.relative_to(tmp_path))]
     assert row["auroc"] == good.info["metrics"]["test"]["image"]["auroc"]["value"] and row["epochs"] == 2
     assert runs.list_runs(tmp_path / "none").empty
@@ -274,45 +263,15 @@ def test_one_bad_run_json_does_not_end_the_list_for_all(tmp_path, capsys, monkey
     assert "?[31mred" in shown and "\x1b" not in shown
 
 
-def test_a_folder_of_other_data_is_refused(tmp_path):
-    mine, other = make(tmp_path), make(tmp_path, index=make_index(patients=15))
-    shutil.rmtree(mine.folder)
-    shutil.copytree(other.folder, mine.folder)
-    with pytest.raises(RunError, match="another run: fingerprint.*Delete or move"):
-        make(tmp_path, fit=never)
-    with pytest.raises(RunError, match="another run: data, is_demo, fingerprint differ"):
-        runs.load(mine.folder, index=make_index(name="MURA-v1.1"))
-    assert runs.load(mine.folder).info["fingerprint"] == other.info["fingerprint"]
-
-
-def test_root_is_the_environments_or_the_caches_and_must_be_writable(tmp_path, monkeypatch):
+def test_a_folder_of_other_data_or_one_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MURA_CACHE", str(tmp_path / "cache"))
     assert make(None).folder.is_relative_to(tmp_path / "cache" / "runs")
     (tmp_path / "file").touch()
     with pytest.raises(DiskError, match="cannot be written.*MURA_RUNS"):
         make(tmp_path / "file", fit=never)
-
-
-def test_diff_shows_what_changed(tmp_path):
-    config = {"layers": 5, "dropout": 0.3, "stages": [{"epochs": 2}]}
-    a = make(tmp_path, lambda w: (None, HISTORY, predicted(seed=0)))
-    b = make(tmp_path, lambda w: (None, HISTORY, predicted(seed=1)), config=config)
-    table = runs.diff(a.folder, b.folder)
-    assert table.loc["config.layers"].tolist() == [4, 5]
-    assert table.loc["config.stages.0.epochs"].tolist() == ["none", 2]
-    scores = [run.info["metrics"]["test"]["image"]["auroc"]["value"] for run in (a, b)]
-    assert table.loc["metrics.test.image.auroc.value"].tolist() == scores
-    assert not table.index.str.contains("low|high|files|finished").any()
-    assert not {"config.dropout", "name", "profile"} & set(table.index)
-    assert runs.diff(a.folder, a.folder).empty
-
-
-@pytest.mark.parametrize("key", ["config", "metrics", "model", "files", "finished", "fingerprint"])
-def test_a_run_json_without_a_key_is_refused_and_listed_as_unreadable(tmp_path, key):
-    folder = make(tmp_path).folder
-    info = json.loads((folder / "run.json").read_text())
-    del info[key]
-    (folder / "run.json").write_text(json.dumps(info))
-    with pytest.raises(RunError, match=rf"lacks {key}.*Delete"):
-        runs.load(folder)
-    assert runs.list_runs(tmp_path)["state"].tolist() == ["unreadable"]
+    mine, other = make(tmp_path), make(tmp_path, index=make_index(patients=15))
+    shutil.rmtree(mine.folder)
+    shutil.copytree(other.folder, mine.folder)
+    with pytest.raises(RunError, match="another run: fingerprint.*Delete or move"):
+        make(tmp_path, fit=never)
+    assert runs.load(mine.folder).info["fingerprint"] == other.info["fingerprint"]

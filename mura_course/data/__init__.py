@@ -19,16 +19,6 @@ from .batches import (
     rotate,
 )
 from .floors import floors, white_fraction
-from .index import (
-    BODY_PARTS,
-    describe,
-    find_root,
-    fingerprint,
-    image_path,
-    image_paths,
-    load_index,
-    load_truth,
-    pixel_key,
-)
+from .index import BODY_PARTS, fingerprint, image_path, image_paths, load_index, load_truth, pixel_key
 from .splits import sample_patients, split_dev
 from .store import PixelStore, read_image, resize

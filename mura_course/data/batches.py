@@ -4,8 +4,6 @@ Writes nothing. Augments with OpenCV, on uint8, in threads. Imports Keras or tor
 asked for. The pixels come from `store`.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -289,32 +287,29 @@ class Batches:
         """
         import keras
 
-        batches = copy.copy(self)
-        batches.layout = "nhwc"
+        own = copy.copy(self)
+        own.layout = "nhwc"
 
         class KerasBatches(keras.utils.PyDataset):
             """`Batches` as Keras wants them: it makes them ahead in threads of its own."""
 
-            def __init__(self) -> None:
-                super().__init__(workers=max(1, batches.workers), max_queue_size=batches.workers + 2)
-                self.batches, self.scale, self.set_epoch = batches, batches.scale, batches.set_epoch
-                self._begun = False
+            batches, scale, set_epoch, begun = own, own.scale, own.set_epoch, False
 
             def __len__(self) -> int:
-                return len(batches)
+                return len(own)
 
             def __getitem__(self, i: int) -> tuple[np.ndarray, Targets]:
-                return batches[i]
+                return own[i]
 
             def on_epoch_begin(self) -> None:
-                self._begun = True
+                self.begun = True
 
             def on_epoch_end(self) -> None:
-                if self._begun:  # Keras calls this once before the first epoch, too
-                    batches.on_epoch_end()
-                self._begun = False
+                if self.begun:  # Keras calls this once before the first epoch, too
+                    own.on_epoch_end()
+                self.begun = False
 
-        return KerasBatches()
+        return KerasBatches(workers=max(1, own.workers), max_queue_size=own.workers + 2)
 
     def torch(self) -> Any:
         """Return a torch DataLoader, channels first, with `batches`, `scale` and `set_epoch`.
@@ -324,21 +319,19 @@ class Batches:
         """
         from torch.utils.data import DataLoader, default_convert
 
-        batches = copy.copy(self)
-        batches.layout = "nchw"
+        own = copy.copy(self)
+        own.layout = "nchw"
 
         class TorchLoader(DataLoader):
             """Makes batches ahead in threads, in the order of its sampler; needs no processes."""
 
-            def __init__(self, dataset: Any, **options: Any) -> None:
-                super().__init__(dataset, **options)
-                self.batches, self.scale, self.set_epoch = dataset, dataset.scale, dataset.set_epoch
+            batches, scale, set_epoch = own, own.scale, own.set_epoch
 
             def __iter__(self) -> Any:
-                yield from map(default_convert, self.batches.some(list(self.sampler)))  # shares the memory
-                self.batches.on_epoch_end()
+                yield from map(default_convert, own.some(list(self.sampler)))  # shares the memory
+                own.on_epoch_end()
 
-        return TorchLoader(batches, batch_size=None)
+        return TorchLoader(own, batch_size=None)  # pyright: ignore[reportArgumentType]
 
 
 # --- The reports' datasets ----------------------------------------------------------------------------

@@ -4,8 +4,6 @@ Opens every image; `extract` alone writes. Knows `index`, whose `load_index` rea
 chapter explains ``mura-course check``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -34,17 +32,13 @@ REMEDIES = {
 }
 
 
-def check(
-    root: str | os.PathLike | None = None, *, workers: int | None = None, progress: bool = True
-) -> pd.DataFrame:
+def check(root: str | os.PathLike | None = None, *, progress: bool = True) -> pd.DataFrame:
     """List the problems of a data set: its CSV files, its numbers, and every image that cannot be decoded.
 
     Parameters
     ----------
     root : path, optional
         The data folder; without it, see `find_root`.
-    workers : int, optional
-        Threads that open images, by default one a core.
     progress : bool
         Show a progress bar.
 
@@ -78,7 +72,7 @@ def check(
         found["number that is not MURA's"] = [] if index.attrs["is_demo"] else _differences(index)
         there |= set(index["path"])
     names = sorted(there)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(paths.cores()) as pool:
         verdicts = pool.map(lambda path: judge(root / path, sums.get(path)), names)
         bar = tqdm(verdicts, "Opening images", len(names), leave=False, unit="image", disable=not progress)
         broken = [f"{path}: {verdict}" for path, verdict in zip(names, bar, strict=True) if verdict]
@@ -115,10 +109,8 @@ def counts(index: pd.DataFrame) -> pd.DataFrame:
 def _differences(index: pd.DataFrame) -> list[str]:
     """Say which cells of the table of `counts` are not MURA's."""
     cells: Any = pd.DataFrame({"held": counts(index).stack(), "published": MURA.stack()})
-    wrong = cells[cells["held"].ne(cells["published"])]
-    return [
-        f"{' '.join(place)}: {held:,} instead of {wanted:,}" for place, held, wanted in wrong.itertuples()
-    ]
+    wrong = cells[cells["held"].ne(cells["published"])].itertuples()
+    return [f"{' '.join(place)}: {held:,} instead of {published:,}" for place, held, published in wrong]
 
 
 def judge(file: Path, sha256: str | None = None) -> str:
@@ -169,7 +161,6 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
     try:
         with zipfile.ZipFile(archive) as packed, disk.atomic(target, "") as beside:
             _refuse_unsafe(archive, packed.infolist())
-            disk.require_room(beside.parent, sum(info.file_size for info in packed.infolist()), "")
             for info in tqdm(packed.infolist(), "Unpacking", leave=False, unit="file"):
                 packed.extract(info, beside)
     except MuraError:

@@ -5,8 +5,6 @@ and an augmented image into others, unless a number of *views* is agreed on. Wri
 ``<cache folder>/features``. Imports no framework: an `Extractor` brings it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -112,8 +110,7 @@ def _view(extractor: Extractor, batches: Batches, number: int, progress: bool) -
     file = paths.cache_dir() / "features" / name / "features.npy"
     dim = extractor.dim if isinstance(extractor.dim, tuple) else (extractor.dim,)
     kind = np.float16 if len(dim) > 1 else np.float32
-    blocks = (np.ascontiguousarray(x, kind) for x in _compute(extractor, batches, number, progress))
-    found = cached_array(file, (len(rows), *dim), kind, blocks)
+    found = cached_array(file, (len(rows), *dim), kind, _compute(extractor, batches, number, progress))
     spread = np.std(found[:256], axis=0, dtype=np.float64).max()
     if len(rows) > 1 and not spread > 1e-6:  # also where it is no number
         what = f"{extractor.name} makes the same of every image (standard deviation {spread:.0e})."
@@ -125,8 +122,6 @@ def _compute(extractor: Extractor, batches: Batches, number: int, progress: bool
     """Compute the features of the images in the order of the index, batch by batch."""
     source = replace(batches, shuffle=False, drop_last=False, scale=extractor.scale, layout=extractor.layout)
     source.set_epoch(number)
-    title = f"{extractor.name}, once per image"
-    with tqdm(total=len(source.index), desc=title, unit="image", leave=False, disable=not progress) as bar:
-        for x, _ in source.some(range(len(source))):
-            yield extractor(x)
-            bar.update(len(x))
+    made, title = source.some(range(len(source))), f"{extractor.name}, once per image"
+    for x, _ in tqdm(made, title, len(source), unit="batch", leave=False, disable=not progress):
+        yield extractor(x)

@@ -5,16 +5,13 @@ beside those of their models (`reports.against_floors`). Reads image files, and 
 ``<cache folder>/floors``. Imports scikit-learn, no framework.
 """
 
-from __future__ import annotations
-
-import cv2
 import numpy as np
 import pandas as pd
 
-from .. import disk, paths
+from .. import paths
 from ..errors import DataError
 from .index import image_path, pixel_key
-from .store import ahead, cached_array
+from .store import ahead, cached_array, decode
 
 
 def floors(split: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -63,7 +60,7 @@ def white_fraction(index: pd.DataFrame) -> np.ndarray:
 
     Raises
     ------
-    DataError, OSError
+    DataError
         A file is no image, or cannot be read.
     DataNotFoundError, DiskError
         A file is absent; no room, no permission, or a damaged cache.
@@ -71,11 +68,7 @@ def white_fraction(index: pd.DataFrame) -> np.ndarray:
     names, rows = np.unique(index["path"].to_numpy(str), return_inverse=True)
 
     def count(row: int) -> np.ndarray:
-        encoded = np.frombuffer(disk.read_bytes(image_path(index, names[row])), np.uint8)
-        image = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE) if encoded.size else None
-        if image is None:
-            raise DataError(f"{names[row]} is no image, or cut short. Restore it from the archive.")
-        return np.array([np.mean(image == 255)])
+        return np.array([np.mean(decode(image_path(index, names[row])) == 255)])
 
     file = paths.cache_dir() / "floors" / f"{index.attrs['name']}-{pixel_key(index)[:12]}" / "white.npy"
     return cached_array(file, names.shape, np.float64, ahead(count, len(names), paths.cores()))[rows]

@@ -5,8 +5,6 @@ Knows the foundation only: no framework, no later stage. A row comes from a path
 ``train/XR_HAND/patient00011/study1_positive/image1.png``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

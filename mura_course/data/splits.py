@@ -3,8 +3,6 @@
 Reads an index and returns another; touches no file. Knows `index` and scikit-learn.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from fractions import Fraction

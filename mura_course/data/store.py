@@ -4,11 +4,8 @@ Reads the images of an index and writes only below ``<cache folder>/pixels``. An
 hash of its content (`cached_array`), whole or not at all. Imports no framework.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -54,19 +51,29 @@ def read_image(file: str | os.PathLike, size: int, rule: str = "squash", channel
     Raises
     ------
     DataError
-        The file is empty, no image, or cut short.
-    OSError
-        The file cannot be read, or is no ordinary file.
+        As `decode`.
     """
-    encoded = np.frombuffer(disk.read_bytes(Path(file)), np.uint8)
     mode = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    # imdecode, because imread cannot open every path on Windows; None: it cannot be decoded whole.
-    image = cv2.imdecode(encoded, mode | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
-    if image is None:
-        raise DataError("no image, or cut short" if encoded.size else "empty file")
-    if channels == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return resize(image, size, rule).reshape(size, size, channels)
+    image = resize(decode(file, mode | cv2.IMREAD_IGNORE_ORIENTATION), size, rule)
+    return np.ascontiguousarray(image.reshape(size, size, channels)[..., ::-1])  # OpenCV's BGR becomes RGB
+
+
+def decode(file: str | os.PathLike, mode: int = cv2.IMREAD_GRAYSCALE) -> np.ndarray:
+    """Decode the image in `file` as one of OpenCV's modes of ``imread`` says; colours are BGR.
+
+    Raises
+    ------
+    DataError
+        The file is no ordinary one or cannot be read, is empty, no image, or cut short; the message names it.
+    """
+    reason: object = "empty, no image, or cut short"
+    try:  # imdecode, because imread cannot open every path on Windows
+        encoded = np.frombuffer(disk.read_bytes(Path(file)), np.uint8)
+        if encoded.size and (image := cv2.imdecode(encoded, mode)) is not None:
+            return image
+    except (OSError, cv2.error) as error:  # OpenCV's: more pixels than it takes
+        reason = getattr(error, "strerror", None) or error
+    raise DataError(f"{file}: {reason}. Restore it from the archive.")
 
 
 def resize(image: np.ndarray, size: int, rule: str = "squash") -> np.ndarray:
@@ -117,7 +124,7 @@ def cached_array(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndar
     shape, dtype
         Of the array.
     blocks : iterator of ndarray
-        Its rows from first to last, C-contiguous; not begun where the array exists.
+        Its rows from first to last; not begun where the array exists.
 
     Returns
     -------
@@ -127,8 +134,8 @@ def cached_array(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndar
     Raises
     ------
     DiskError
-        No room, no permission, or the files are damaged (the hash is checked once a process). Errors of
-        `blocks` come through; then nothing is left of the folder.
+        No room to write, or the files are damaged (the hash is checked once a process). Errors of `blocks`
+        come through; then nothing is left of the folder.
     """
     folder = file.parent
     with disk.lock(folder):
@@ -138,27 +145,22 @@ def cached_array(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndar
             _write(file, shape, dtype, blocks)
     remedy = f"Delete the folder {folder}; it is made anew."
     sha256 = disk.read_json(file.with_suffix(".json"), remedy).get("sha256")
-    try:
-        if not file.is_file() or _digest(file, file.stat().st_mtime_ns) != sha256:
-            raise DiskError(f"{file} is missing, or it is damaged: not what was written. {remedy}")
-        return np.load(file, mmap_mode="r").view(np.ndarray)
-    except PermissionError as error:
-        raise DiskError(f"{file} cannot be read ({error.strerror}). Allow reading it. {remedy}") from error
+    if not file.is_file() or _digest(file, file.stat().st_mtime_ns) != sha256:
+        raise DiskError(f"{file} is missing, or it is damaged: not what was written. {remedy}")
+    return np.load(file, mmap_mode="r").view(np.ndarray)
 
 
 def _write(file: Path, shape: tuple, dtype: type, blocks: Iterator[np.ndarray]) -> None:
     """Write array and hash, both or neither. Not through a memory map: a full disk would end the process."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     with disk.atomic(file.parent) as beside:
-        disk.require_room(file.parent.parent, math.prod(shape) * np.dtype(dtype).itemsize)
         beside.mkdir()
         # Large pieces: what is written in large pieces is mapped in large pieces.
         with (beside / file.name).open("wb", buffering=1 << 24) as out:
             np.lib.format.write_array_header_1_0(out, header)
-            for block in blocks:
-                out.write(block.data)
-        about = {"sha256": disk.digest(beside / file.name)}
-        disk.write_json(beside / file.with_suffix(".json").name, about)
+            out.writelines(np.ascontiguousarray(block, dtype).data for block in blocks)
+        sha256 = disk.digest(beside / file.name)
+        disk.write_json(beside / file.with_suffix(".json").name, {"sha256": sha256})
 
 
 # The hash of this version of a file, computed once a process.
@@ -281,15 +283,14 @@ class PixelStore:
         failed: list[str] = []
 
         def read(row: int) -> np.ndarray:
-            file = self.root / self.paths[row]
             try:
-                return read_image(file, self.size)
-            except (DataError, OSError, cv2.error) as error:
-                failed.append(f"{file}: {getattr(error, 'strerror', None) or error}")
+                return read_image(self.root / self.paths[row], self.size)
+            except DataError as error:
+                failed.append(str(error))
                 return np.zeros((self.size, self.size), np.uint8)
 
         images = ahead(read, self.images, workers or os.cpu_count() or 1)
         yield from tqdm(images, "Decoding", self.images, unit="image", leave=False, disable=not progress)
         if failed:
-            what = f"{len(failed):,} of {self.images:,} images cannot be read. Restore them from the archive"
-            raise DataError(f"{what}, or leave their rows out of the index:{few(sorted(failed))}")
+            what = f"{len(failed):,} of {self.images:,} images cannot be read"
+            raise DataError(f"{what}; their rows may be left out of the index:{few(sorted(failed))}")

@@ -75,15 +75,11 @@ class RapidOCR:
             extent = np.array([[*corners.min(axis=0), *corners.max(axis=0)]])
             if height > 0.16 * max(film.shape) or from_border(extent, film.shape)[0] > BORDER:
                 continue
-            word, score = self._recognise(film, *extent[0])
+            (x0, y0), (x1, y1) = extent[0, :2].clip(0).astype(int), np.ceil(extent[0, 2:]).astype(int)
+            result: Any = self._reader(film[y0:y1, x0:x1], use_det=False, use_cls=False)
+            word, score = (result.txts[0], float(result.scores[0])) if result.txts else ("", 0.0)
             letters = [c for c in word if c.isascii() and c.isalnum()]
             # Of single letters only the side's: a screw reads as 1.
             if score >= SCORE and (len(letters) > 1 or letters in (["L"], ["R"])):
                 boxes.append(TextBox(corners, word, score, self.name))
         return boxes
-
-    def _recognise(self, film: np.ndarray, *extent: float) -> tuple[str, float]:
-        """Read what stands between x0, y0, x1, y1, and say how certainly; ("", 0.0) for nothing."""
-        (x0, y0), (x1, y1) = np.floor(extent[:2]).clip(0).astype(int), np.ceil(extent[2:]).astype(int)
-        result: Any = self._reader(film[y0:y1, x0:x1], use_det=False, use_cls=False)
-        return (result.txts[0], float(result.scores[0])) if result.txts else ("", 0.0)

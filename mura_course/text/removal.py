@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import data, disk
-from ..data.store import ahead
-from ..errors import DataError, TextError, one_of
+from ..data.store import ahead, decode
+from ..errors import TextError, one_of
 from ..paths import absolute, cores
 from .boxes import Detector, Found
 from .craft import KerasOCR
@@ -99,7 +99,7 @@ def clean_dataset(
     Parameters
     ----------
     source, target : path
-        The data (see `data.find_root`), and a folder that does not exist yet, elsewhere.
+        The data (see `data.index.find_root`), and a folder that does not exist yet, elsewhere.
     detector : str
         A name that `get_detector` takes.
     progress : bool
@@ -129,7 +129,9 @@ def clean_dataset(
     one = get_detector(detector, threads=1)
     index = data.load_index(source, quiet=True)
     root, target = Path(index.attrs["root"]), absolute(target)
-    _check_places(root, target)
+    inside, outside = target.resolve(), root.resolve()  # also by way of a link
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise TextError(f"{target} and the data in {root} lie one in the other. Name a folder elsewhere.")
     order = {"source": index.attrs["name"], "fingerprint": data.fingerprint(index)}
     order |= {"pixels": data.pixel_key(index), "detector": detector, "versions": one.versions}
     work, paths = target.with_name(f"{target.name}.partial"), index["path"].tolist()
@@ -144,15 +146,8 @@ def clean_dataset(
         record = order | {"films": len(paths), "films_with_text": sum(map(bool, boxes.values()))}
         disk.write_json(work / RECORD, record, "")
         work.replace(target)
-        target.with_name(f"{target.name}.lock").unlink(missing_ok=True)  # who waits for it finds `target`
+        disk.remove(target.with_name(f"{target.name}.lock"))  # who waits for it finds `target`
     return record
-
-
-def _check_places(root: Path, target: Path) -> None:
-    """Raise TextError where one of the folders holds the other, also by way of a link."""
-    inside, outside = target.resolve(), root.resolve()
-    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise TextError(f"{target} and the data in {root} lie one in the other. Name a folder elsewhere.")
 
 
 def _claim(target: Path, work: Path, order: dict[str, Any]) -> None:
@@ -173,11 +168,10 @@ def _clean_films(root: Path, work: Path, paths: list[str], one: Detector, progre
     todo = [path for path in paths if path not in boxes]
     results = ahead(lambda i: _clean_film(one, root, work, todo[i]), len(todo), cores())
     bar = tqdm(results, "Removing text", len(todo), unit="film", disable=not progress)
-    with (work / BOXES).open("a", encoding="utf-8") as table:
+    with (work / BOXES).open("a", buffering=1, encoding="utf-8") as table:
         for path, found in zip(todo, bar, strict=True):
             boxes[path] = found
-            table.write("\n" + json.dumps({"path": path, "boxes": found}))
-            table.flush()
+            table.write(f"\n{json.dumps({'path': path, 'boxes': found})}\n")
     with disk.atomic(work / BOXES, "") as beside:  # in order, and without what a kill left
         lines = [json.dumps({"path": path, "boxes": boxes[path]}) for path in paths]
         beside.write_text("\n".join(lines), encoding="utf-8")
@@ -198,17 +192,9 @@ def _read_boxes(work: Path) -> dict[str, list]:
 
 def _clean_film(one: Detector, root: Path, work: Path, path: str) -> list[dict[str, Any]]:
     """Write a film without its text; returns what `BOXES` says about it."""
-    film, reason = None, "no image, or cut short"
-    try:
-        encoded = disk.read_bytes(root / path)
-        film = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_ANYCOLOR) if encoded else None
-    except (OSError, cv2.error) as error:  # OpenCV's: more pixels than it takes
-        reason = getattr(error, "strerror", None) or error
-    if film is None:
-        raise DataError(f"{root / path} cannot be read ({reason}). Restore it, and call again: it goes on.")
+    film = decode(root / path, cv2.IMREAD_ANYCOLOR)
     found = one(film if film.ndim == 2 else cv2.cvtColor(film, cv2.COLOR_BGR2RGB))
-    if found.mask.any():
-        encoded = cv2.imencode(".png", inpaint(film, found.mask))[1].tobytes()
+    clean = cv2.imencode(".png", inpaint(film, found.mask))[1].tobytes() if found.mask.any() else None
     with disk.atomic(work / path, "") as beside:
-        beside.write_bytes(encoded)
+        beside.write_bytes(clean or (root / path).read_bytes())
     return [vars(box) | {"corners": box.corners.astype(float).round(1).tolist()} for box in found.boxes]

@@ -5,7 +5,7 @@ sees; nothing of it has been measured on MURA. Finds only text that is brighter 
 the film's border.
 """
 
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import cv2
 import numpy as np
@@ -20,23 +20,14 @@ HOLES = 3  # an 8 or a framed R has two; bone under a threshold is a net with ma
 NEIGHBOURS, WIDER = np.ones((3, 3), np.uint8), np.ones((5, 5), np.uint8)  # what a dilation reaches
 
 
-@dataclass(frozen=True, eq=False)
-class Stroke:
-    """A connected, thin, bright shape: a glyph, part of one, or bone that looks like one.
+Stroke: TypeAlias = tuple[tuple[slice, slice], np.ndarray, tuple[float, ...]]
+"""A connected, thin, bright shape: a glyph, part of one, or bone that looks like one.
 
-    Attributes
-    ----------
-    window, grown : tuple of slice, ndarray
-        Rows and columns of the shape with its soft rim, and that shape there, bool.
-    measures : tuple of float
-        x0, y0, x1, y1 in pixels. Grey of its core, and how far that is above the ring two pixels around it:
-        fractions of the film's range. Spread of the core's grey over this contrast; the contrast over the
-        spread of the ring. 1 for a bar, which is longer than letters are, like a pin or the edge of a bone.
-    """
-
-    window: tuple[slice, slice]
-    grown: np.ndarray
-    measures: tuple[float, ...]
+Its window: rows and columns of the shape with its soft rim; that shape there, bool; and nine measures. x0,
+y0, x1, y1 in pixels. Grey of its core, and how far that is above the ring two pixels around it: fractions of
+the film's range. Spread of the core's grey over this contrast; the contrast over the spread of the ring. 1
+for a bar, which is longer than letters are, like a pin or the edge of a bone.
+"""
 
 
 class Strokes:
@@ -69,9 +60,10 @@ class Strokes:
             The image has another type or shape.
         """
         strokes, mask = _candidates(grey(image)), np.zeros(image.shape[:2], bool)
-        measures = np.reshape([stroke.measures for stroke in strokes], (-1, 9))
+        measures = np.reshape([measures for *_, measures in strokes], (-1, 9))
         for i in np.flatnonzero(_accept(measures, max(mask.shape))):
-            mask[strokes[i].window] |= strokes[i].grown
+            window, grown, _ = strokes[i]
+            mask[window] |= grown
         return Found(_boxes(mask), mask)
 
 
@@ -136,7 +128,7 @@ def _measure(
     x, y, width, height = cv2.boundingRect(shape)
     box = (left + x, top + y, left + x + width, top + y + height)
     uneven, clear = core.std() / span / contrast, contrast / max(around.std() / span, 0.02)
-    return Stroke(window, grown, (*box, level / span, contrast, uneven, clear, _is_bar(shape, lines)))
+    return window, grown, (*box, level / span, contrast, uneven, clear, _is_bar(shape, lines))
 
 
 def _is_bar(shape: np.ndarray, lines: tuple[np.ndarray, ...]) -> bool:
@@ -184,11 +176,9 @@ def _rows(x0: np.ndarray, y0: np.ndarray, x1: np.ndarray, y1: np.ndarray, level:
 
 def _side_by_side(x0: np.ndarray, x1: np.ndarray) -> int:
     """How many strokes stand beside one another; those that overlap count once."""
-    count, end = 0, -np.inf
-    for left, right in sorted(zip(x0, x1, strict=True)):
-        count += left >= end - 1
-        end = max(end, right)
-    return count
+    order = np.lexsort((x1, x0))
+    ends = np.maximum.accumulate(np.r_[-np.inf, x1[order]])  # of all before each
+    return int((x0[order] >= ends[:-1] - 1).sum())
 
 
 def _boxes(mask: np.ndarray) -> list[TextBox]:

@@ -116,9 +116,6 @@ def test_epochs_are_permutations_that_depend_on_seed_and_epoch(index, store):
     resumed.set_epoch(2)
     assert np.array_equal(resumed[1][0], epochs[2][1]) and same([x for x, _ in resumed], epochs[2])
     assert Batches(store, index, 7, shuffle=True, seed=2).order.tolist() not in orders
-
-
-def test_the_shuffle_is_pinned(index, store):
     # Not to change with NumPy, platform or refactoring: recorded runs depend on it.
     assert Batches(store, index[:8], shuffle=True, seed=7).order.tolist() == [6, 5, 3, 1, 0, 7, 2, 4]
 
@@ -130,7 +127,11 @@ def test_what_happens_to_an_image_depends_on_its_row_alone(index, store):
     assert not np.array_equal(plain[0][0], Batches(store, index, 20)[0][0])
 
 
-def test_lengths_ends_and_last_batches(index, store):
+def test_lengths_last_batches_and_targets(index, store):
+    _, parts = Batches(store, index, target="body_part")[0]
+    assert parts.dtype == np.int64 and [BODY_PARTS[p] for p in parts] == index["body_part"].tolist()
+    _, both = Batches(store, index, target=("label", "body_part"))[0]
+    assert np.array_equal(both["body_part"], parts) and both["label"].tolist() == index["label"].tolist()
     assert [len(y) for _, y in Batches(store, index, 6)] == [6, 6, 6, 2]
     assert [len(y) for _, y in Batches(store, index, 6, drop_last=True)] == [6, 6, 6]
     batches = Batches(store, index, 6)
@@ -139,13 +140,6 @@ def test_lengths_ends_and_last_batches(index, store):
         batches[4]
     with pytest.raises(DataError, match="20 images make no batch of 21"):
         Batches(store, index, 21, drop_last=True)
-
-
-def test_targets(index, store):
-    _, parts = Batches(store, index, target="body_part")[0]
-    assert parts.dtype == np.int64 and [BODY_PARTS[p] for p in parts] == index["body_part"].tolist()
-    _, both = Batches(store, index, target=("label", "body_part"))[0]
-    assert np.array_equal(both["body_part"], parts) and both["label"].tolist() == index["label"].tolist()
 
 
 def test_errors_come_through_and_threads_end_with_the_loop(index, store, monkeypatch):

@@ -38,6 +38,16 @@ class Projection:
         return x.reshape(len(x), -1) @ self.weights
 
 
+class Trunk(Projection):
+    """Gives maps: the image itself, every second pixel of it."""
+
+    dim = (3, SIZE // 2, SIZE // 2)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        self.seen.append(len(x))
+        return x[:, :, ::2, ::2]
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("MURA_CACHE", str(tmp_path / "cache"))
@@ -68,14 +78,17 @@ def assert_features_of(found, images: Batches, extractor: Projection, epoch: int
         assert found[i][0].dtype == np.float32 and np.array_equal(found[i][1], images[i][1])
 
 
-def test_features_are_those_of_each_image_in_any_order_and_computed_once(index):
-    extractor, options = Projection(), {"scale": "-1..1", "layout": "nchw", "shuffle": True}
+@pytest.mark.parametrize(
+    "kind, dtype", [(Projection, np.float32), (Trunk, np.float16)]
+)  # maps: half as large
+def test_features_are_those_of_each_image_in_any_order_and_computed_once(index, kind, dtype):
+    extractor, options = kind(), {"scale": "-1..1", "layout": "nchw", "shuffle": True}
     found, images = compute(batches(index, shuffle=True), extractor), batches(index, **options)
-    assert sum(extractor.seen) == len(index)
+    assert sum(extractor.seen) == len(index) and found.views[0].dtype == dtype
     for epoch in (0, 3):
         assert_features_of(found, images, extractor, epoch)
     assert found.index is not None and found.scale is None and found.epoch == 3
-    again = Projection()
+    again = kind()
     whole = compute(batches(index, drop_last=True, target="body_part", batch_size=9), again, views=5)
     assert again.seen == [] and len(whole) == 2 and whole[0][1].dtype == np.int64
     assert [len(x) for x, _ in found] == [6, 6, 6, 2] and found.epoch == 4
@@ -122,13 +135,10 @@ def test_fault_7_a_flipped_byte_of_cached_features_is_noticed(index, cache):
         compute(batches(index))
 
 
-def test_an_interrupted_pass_leaves_nothing(index, cache):
+def test_an_interrupted_pass_leaves_nothing_and_a_backbone_without_a_signal_is_refused(index, cache):
     with pytest.raises(Interrupted):
         compute(batches(index), Projection(stop_at=3))
     assert [entry for entry in cache.iterdir() if entry.suffix != ".lock"] == []
-
-
-def test_a_backbone_of_another_size_or_without_a_signal_is_refused(index):
     extractor = Projection()
     extractor.size = 48
     with pytest.raises(DataError, match="projection takes images of 48 px, this store holds 24 px"):
@@ -139,22 +149,3 @@ def test_a_backbone_of_another_size_or_without_a_signal_is_refused(index):
         with pytest.raises(DataError, match="projection makes the same of every image.*ImageNet.*calibrate"):
             compute(batches(index), dead)
         assert len(compute(batches(index[:1]), dead).index) == 1  # one image says nothing
-
-
-class Trunk(Projection):
-    """Gives maps: the image itself, every second pixel of it."""
-
-    dim = (3, SIZE // 2, SIZE // 2)
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        self.seen.append(len(x))
-        return x[:, :, ::2, ::2]
-
-
-def test_maps_are_kept_in_half_precision_and_given_in_single(index):
-    extractor = Trunk(seed=9)
-    found = compute(batches(index, shuffle=True), extractor)
-    images = batches(index, shuffle=True, scale="-1..1", layout="nchw")
-    for epoch in (0, 1):
-        assert_features_of(found, images, extractor, epoch)
-    assert found.views[0].dtype == np.float16 and found.views[0].shape == (len(index), *Trunk.dim)

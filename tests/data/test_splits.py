@@ -56,12 +56,17 @@ def test_fractions_of_part_and_label_are_kept(by, fraction, seed):
     train = index["split"].eq("train")
     dev = data.split_dev(index, fraction, by, seed)["split"].eq("dev")[train]
     assert dev.mean() == pytest.approx(fraction, abs=0.005)
+    with pytest.raises(DataError, match="train images of 2 patients are too few for"):
+        data.split_dev(index[index["patient"].le(2)], fraction, by)
     found = dev.groupby([index["body_part"][train], index["label"][train]], observed=True).mean()
     assert len(found) == 14 and found.sub(fraction).abs().max() < 0.06  # the smallest holds some 50 images
 
 
-@pytest.mark.parametrize("by", ["patient", "image"])
-def test_same_seed_same_split_whatever_the_order_and_the_types(by):
+# The split keys every trained model, so a platform or library version that changes it must be noticed.
+@pytest.mark.parametrize("by, fingerprint", [("patient", "b558c308cd5c"), ("image", "fc3b2bf3f977")])
+def test_same_seed_same_split_whatever_the_order_the_types_and_the_platform(by, fingerprint):
+    index = make_index(parts=data.BODY_PARTS, patients=210).assign(split="train")
+    assert data.fingerprint(data.split_dev(index, 0.15, by, seed=0)) == fingerprint
     index = random_index(150)
     expected = dev_paths(data.split_dev(index, 0.15, by, seed=3))
     shuffled = index.sample(frac=1, random_state=5)
@@ -75,13 +80,6 @@ def test_same_seed_same_split_whatever_the_order_and_the_types(by):
     assert dev_paths(data.split_dev(index, 0.15, by, seed=4)) != expected
 
 
-# The split keys every trained model, so a platform or library version that changes it must be noticed.
-@pytest.mark.parametrize("by, fingerprint", [("patient", "b558c308cd5c"), ("image", "fc3b2bf3f977")])
-def test_the_split_is_the_same_on_every_platform(by, fingerprint):
-    index = make_index(parts=data.BODY_PARTS, patients=210).assign(split="train")
-    assert data.fingerprint(data.split_dev(index, 0.15, by, seed=0)) == fingerprint
-
-
 def test_a_patient_with_most_of_the_images_does_not_become_the_dev_set():
     train = random_index(150).query("split == 'train'")
     giant = train.iloc[[0]].loc[lambda row: row.index.repeat(400)].reset_index(drop=True)
@@ -90,13 +88,6 @@ def test_a_patient_with_most_of_the_images_does_not_become_the_dev_set():
     for seed in range(3):
         dev = data.split_dev(both, 0.1, seed=seed).query("split == 'dev'")
         assert 99_999 not in set(dev["patient"]) and 0.05 < len(dev) / len(train) < 0.15
-
-
-@pytest.mark.parametrize("by", ["patient", "image"])
-def test_too_few_images_are_not_split(by):
-    index = random_index(200)
-    with pytest.raises(DataError, match="train images of 2 patients are too few for 10 folds"):
-        data.split_dev(index[index["patient"].le(2)], by=by)
 
 
 @pytest.mark.parametrize("by", ["patient", "image"])  # by image, a patient stands on both sides

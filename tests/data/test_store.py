@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,14 +73,10 @@ def test_squash_and_pad_average_down_and_interpolate_up(seed, height, width, siz
 def test_every_mode_of_file_gives_the_same_film(tmp_path):
     film = smooth(1, 40, 30)
     grey, rgb = Image.fromarray(film), Image.fromarray(np.stack([film] * 3, axis=-1))
-    modes = {
-        "grey": grey,
-        "rgb": rgb,
-        "palette": grey.convert("P"),
-        "transparent": Image.fromarray(np.dstack([film] * 3 + [np.zeros_like(film)])),
-        "grey and alpha": Image.fromarray(np.dstack([film, np.full_like(film, 9)])),
-        "16 bit": Image.fromarray(film.astype(np.uint16) * 256 + 200),
-    }
+    modes = {"grey": grey, "rgb": rgb, "palette": grey.convert("P")}
+    modes["transparent"] = Image.fromarray(np.dstack([film] * 3 + [np.zeros_like(film)]))
+    modes["grey and alpha"] = Image.fromarray(np.dstack([film, np.full_like(film, 9)]))
+    modes["16 bit"] = Image.fromarray(film.astype(np.uint16) * 256 + 200)
     for name, image in modes.items():
         image.save(tmp_path / f"{name}.png")
         for channels in (1, 3):
@@ -92,7 +87,7 @@ def test_every_mode_of_file_gives_the_same_film(tmp_path):
     assert read_image(tmp_path / "colour.png", 4, channels=3)[2, 2].tolist() == [200, 100, 50]
 
 
-def test_store_holds_each_image_at_its_row_for_any_order(index):
+def test_store_holds_each_image_at_its_row_for_any_order_and_decodes_once(index, monkeypatch):
     one = build(index, workers=3)
     assert one.pixels.shape == (12, SIZE, SIZE) and not one.pixels.flags.writeable and one.images == 12
     test = index[index["split"] == "test"]
@@ -101,13 +96,9 @@ def test_store_holds_each_image_at_its_row_for_any_order(index):
         assert rows.dtype == np.int64 and len(rows) == len(part)
         for row, path in zip(rows, part["path"], strict=True):
             assert np.array_equal(one.pixels[row], read_image(Path(index.attrs["root"], path), SIZE)[..., 0])
-
-
-def test_one_store_whatever_the_order_and_the_split_and_nothing_is_decoded_twice(index, monkeypatch):
-    first = build(index)
-    assert len({first.folder, build(index, 25).folder, build(index[:6]).folder}) == 3
+    assert len({one.folder, build(index, 25).folder, build(index[:6]).folder}) == 3
     monkeypatch.setattr(store, "read_image", None)
-    assert build(index[::-1]) == build(index.assign(split="train")) == build(index) == first
+    assert build(index[::-1]) == build(index.assign(split="train")) == build(index) == one
 
 
 def test_other_data_are_refused(index, tmp_path):
@@ -160,11 +151,11 @@ def test_unreadable_images_stop_with_one_error_that_lists_them(index, cache):
     spoilt = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 255]) + whole[len(whole) // 2 + 1 :]
     for row, content in enumerate((whole[:40], whole[: len(whole) // 2], whole[:-8], b"", b"text", spoilt)):
         file_of(index, row).write_bytes(content)
-    with pytest.raises(DataError, match="6 of 12 images.*Restore them") as caught:
+    with pytest.raises(DataError, match="6 of 12 images(?s:.*)Restore it") as caught:
         build(index)
     message = str(caught.value)
     assert sum(path in message for path in index["path"][:6]) == 5 and "1 more" in message
-    assert "empty file" in message and "cut short" in message
+    assert message.count(": empty, no image, or cut short.") == 5
     assert [file.name for file in (cache / "pixels").iterdir() if file.suffix != ".lock"] == []
 
 
@@ -176,28 +167,6 @@ def test_fault_9_a_fifo_among_the_images_does_not_hang_the_store(index, monkeypa
     monkeypatch.setattr(store, "pixel_key", lambda index: "it came when the files had been listed")
     with pytest.raises(DataError, match=r"1 of 12 images cannot be read.*\n.*1-2\.png: no ordinary file"):
         build(index)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_store_is_whole_or_absent(index, cache, monkeypatch):
-    monkeypatch.setattr(store, "read_image", lambda *a: time.sleep(0.01) or read_image(*a))
-    rng, killed = np.random.default_rng(0), 0
-    for _ in range(12):
-        child = os.fork()
-        if not child:
-            build(index, workers=1)
-            os._exit(0)
-        time.sleep(rng.uniform(0, 0.15))
-        os.kill(child, signal.SIGKILL)
-        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
-        for folder in (cache / "pixels").glob("[!.]*-????????????"):
-            assert sorted(file.name for file in folder.iterdir()) == ["pixels.json", "pixels.npy"]
-        if list((cache / "pixels").glob("[!.]*-????????????")):
-            break
-    assert killed
-    one = build(index)
-    assert np.array_equal(one.pixels, [read_image(one.root / path, SIZE)[..., 0] for path in one.paths])
-    assert not list((cache / "pixels").glob(".*.part"))  # nothing is left of the killed ones
 
 
 def test_two_that_want_the_same_store_wait_for_each_other(index, monkeypatch, capsys):
@@ -217,13 +186,6 @@ def test_a_full_disk_leaves_nothing_and_the_variable_is_named(index, cache):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [file for file in (cache / "pixels").iterdir() if file.suffix != ".lock"]
-    assert build(index).images == 12
-
-
-def test_an_array_that_may_not_be_read_is_named(tmp_path, monkeypatch):
-    index = make_films(tmp_path / "films", patients=4)
-    folder = PixelStore.open_or_build(index, 8, progress=False).folder
-    refused = PermissionError(13, "Permission denied")
-    monkeypatch.setattr("mura_course.data.store._digest", lambda *_: (_ for _ in ()).throw(refused))
-    with pytest.raises(DiskError, match=rf"{folder.name}.*Permission denied"):
-        PixelStore.open_or_build(index, 8, progress=False)
+    folder = build(index).folder
+    folder.rename(folder.with_name(f".{folder.name}.1.part"))  # left by a process that was killed
+    assert build(index).images == 12 and not list((cache / "pixels").glob(".*.part"))

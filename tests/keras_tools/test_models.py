@@ -34,7 +34,7 @@ def test_funnels_equal_the_reports_figures_and_tables(direction):
     assert model.get_layer("Output").activation is keras.activations.sigmoid
 
 
-def test_funnel_filters_go_on_and_impossible_ones_are_refused():
+def test_funnel_filters_go_on_impossible_ones_are_refused_and_the_head_is_the_reports():
     for direction, options, filters in (
         ("in", {"conv_layers": 5}, [256, 128, 64, 32, 16]),
         ("out", {"conv_layers": 5}, [32, 64, 128, 256, 512]),
@@ -51,9 +51,6 @@ def test_funnel_filters_go_on_and_impossible_ones_are_refused():
     ):
         with pytest.raises(ModelError, match=message):
             models.funnel_cnn(*arguments)
-
-
-def test_the_reports_head():
     plain, head = models.transfer_head(1920), models.transfer_head(2048, (128, 128, 64), 0.1)
     assert [type(layer).__name__ for layer in plain.layers] == ["Dropout", "Dense"]
     assert plain.count_params() == 1921

@@ -19,10 +19,10 @@ from mura_course.text.strokes import Strokes
 STROKES = get_detector("strokes")
 
 
-@pytest.mark.parametrize(
-    ("text", "at", "scale"),
-    [("L", (20, 40), 0.8), ("R", (200, 300), 0.8), ("12/04/2009", (5, 312), 0.4), ("POST", (190, 14), 0.4)],
-)
+WORDS = ("L", (20, 40), 0.8), ("R", (200, 300), 0.8), ("12/04/2009", (5, 312), 0.4), ("POST", (190, 14), 0.4)
+
+
+@pytest.mark.parametrize("text, at, scale", WORDS)
 def test_text_on_dark_ground_is_removed_and_nothing_else_is_touched(text, at, scale):
     plain = film()
     written, where = write_on(plain, text, at, scale, thick=1 + (scale > 0.5))
@@ -47,9 +47,7 @@ def test_films_without_text_stay_as_they_are():
 
 
 @settings(max_examples=25)
-@given(
-    st.integers(290, 400), st.integers(290, 400), st.integers(0, 999), st.sampled_from(["L", "R 3", "L AP"])
-)
+@given(*[st.integers(290, 400)] * 2, st.integers(0, 999), st.sampled_from(["L", "R 3", "L AP"]))
 def test_wherever_a_marker_stands_in_a_corner_it_is_found(height, width, seed, text):
     """Strokes are two pixels wide: an L of one pixel is not told from an edge."""
     size = max(height, width) / 320
@@ -61,12 +59,6 @@ def test_wherever_a_marker_stands_in_a_corner_it_is_found(height, width, seed, t
         assert (mask & place).sum() > 0.9 * place.sum()
 
 
-@pytest.mark.parametrize("image", [np.zeros((5, 5)), np.zeros((5, 5, 4), np.uint8), np.zeros(7, np.uint8)])
-def test_what_is_no_film_is_refused(image):
-    with pytest.raises(TextError, match="A film is uint8"):
-        STROKES(image)
-
-
 @pytest.mark.skipif(cv2.__version__ != "5.0.0", reason="another OpenCV makes other films, and other masks")
 def test_the_masks_change_only_with_the_version():
     """Films cleaned by another version are other data. Where this fails, raise Strokes.versions first."""
@@ -75,7 +67,10 @@ def test_the_masks_change_only_with_the_version():
     assert (Strokes.versions["strokes"], hashlib.sha256(masks).hexdigest()[:12]) == ("1", "8aa0fabed329")
 
 
-def test_a_missing_package_is_named_with_the_command(monkeypatch):
+def test_what_is_no_film_is_refused_and_a_missing_package_named_with_the_command(monkeypatch):
+    for image in (np.zeros((5, 5)), np.zeros((5, 5, 4), np.uint8), np.zeros(7, np.uint8)):
+        with pytest.raises(TextError, match="A film is uint8"):
+            STROKES(image)
     monkeypatch.setattr(rapid, "version", Mock(side_effect=PackageNotFoundError("rapidocr")))
     with pytest.raises(TextError, match=r"needs rapidocr.*pip install rapidocr"):
         get_detector("rapidocr")

