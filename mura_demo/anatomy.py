@@ -56,43 +56,41 @@ PARTS = {
         + _bones(["scapula"], 0.9)
         + _bones(["clavicle"], 1.0)
         + _bones(["thorax"], 1.9, (-200, 1e9)),
-        (165, 215),
-        (0.8, 1.25),
+        (140, 178),
+        (0.85, 1.25),
     ),
     "HUMERUS": Part(
         _bones(["humerus", "scapula", "clavicle"], 1.15)
         + _bones(["radius", "ulna"], 1.15, (-160, 1e9))
         + _bones(["thorax"], 1.9),
-        (325, 385),
-        (1.5, 2.2),
+        (318, 362),
+        (2.0, 2.8),
     ),
     "ELBOW": Part(
         _bones(["humerus"], 0.8, (-1e9, -130)) + _bones(["radius", "ulna"], 0.75, (-160, 1e9)),
-        (130, 175),
-        (0.85, 1.4),
+        (108, 140),
+        (1.0, 1.5),
     ),
     "FOREARM": Part(
         _bones(["humerus"], 0.9, (-1e9, -150))
         + _bones(["radius", "ulna", *CARPALS, *METACARPALS, *PROXIMAL], 0.9),
-        (295, 340),
-        (1.6, 2.3),
+        (280, 318),
+        (2.0, 2.9),
     ),
     "WRIST": Part(
         _bones(["radius", "ulna"], 0.72, (-1e9, -90))
         + _bones([*CARPALS, *METACARPALS], 0.6)
         + _bones(PROXIMAL, 0.75),
-        (108, 145),
-        (1.0, 1.5),
+        (92, 118),
+        (1.1, 1.6),
     ),
     "HAND": Part(
         _bones(["radius", "ulna"], 0.85, (-1e9, -90))
         + _bones([*CARPALS, *METACARPALS, *PROXIMAL, *MIDDLE, *DISTAL], 0.62),
-        (185, 220),
-        (1.0, 1.45),
+        (178, 205),
+        (1.25, 1.65),
     ),
-    "FINGER": Part(
-        _bones([*METACARPALS, *PROXIMAL, *MIDDLE, *DISTAL, *CARPALS], 0.55), (80, 110), (1.2, 2.0)
-    ),
+    "FINGER": Part(_bones([*METACARPALS, *PROXIMAL, *MIDDLE, *DISTAL, *CARPALS], 0.55), (72, 95), (1.6, 2.4)),
 }
 
 
@@ -149,7 +147,7 @@ class Patient:
     def sample(cls, seed: int, number: int) -> Patient:
         """Draw the patient with this number in the data set with this seed; the old lose bone."""
         rng = np.random.default_rng([seed, number, 0])
-        age = float(rng.uniform(7, 16) if rng.random() < 0.15 else rng.uniform(17, 90))
+        age = float(rng.uniform(7, 16) if rng.random() < 0.1 else rng.uniform(17, 90))
         loss = max(0.0, age - 50) / 40 * rng.uniform(0.3, 1.2)  # of bone, with age
         scale = np.clip(rng.normal(0.92 if age < 16 else 1, 0.06), 0.85, 1.12)
         density = np.clip(rng.normal(1, 0.10), 0.75, 1.25)

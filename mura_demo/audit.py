@@ -249,7 +249,9 @@ def matched_boxes(truth: pd.DataFrame, index: pd.DataFrame, rng: np.random.Gener
     Returns
     -------
     DataFrame
-        `index` without the abnormal films that do not show their finding, plus `BOX` in pixels.
+        `index` without the abnormal films that do not show their finding, plus `BOX` in pixels and
+        `finding`, whose box it is: a normal film's would-be finding, so that each finding is compared with
+        normal films that have such boxes.
 
     Raises
     ------
@@ -261,7 +263,7 @@ def matched_boxes(truth: pd.DataFrame, index: pd.DataFrame, rng: np.random.Gener
     A normal film takes the box of a random abnormal one of its body part and view, in relative coordinates;
     of any view where no film of that view shows a finding.
     """
-    seen = truth[["path", "view", "visible", *BOX]].rename(columns={"view": "taken_from"})
+    seen = truth[["path", "view", "visible", "finding", *BOX]].rename(columns={"view": "taken_from"})
     films = index.merge(seen, on="path", validate="1:1")
     films = films[(films.label == 0) | (films.visible == 1)].reset_index(drop=True)
     root = Path(index.attrs["root"])
@@ -278,7 +280,8 @@ def matched_boxes(truth: pd.DataFrame, index: pd.DataFrame, rng: np.random.Gener
         donors = np.flatnonzero(same_view if same_view.any() else same)
         if not donors.size:
             raise ValueError(f"No film shows a finding of {films.body_part[row]}: no box can be drawn.")
-        relative[row] = relative[rng.choice(donors)]
+        donor = rng.choice(donors)
+        relative[row], films.loc[row, "finding"] = relative[donor], films.finding[donor]
     boxes = np.rint(relative * size).astype(int)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
     films = films.drop(columns=["taken_from", "visible", *BOX])

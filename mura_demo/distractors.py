@@ -29,25 +29,25 @@ def _odds(default: float, **parts: float) -> dict[str, float]:
 
 # Probability that a study (WORN, CAST) or a film (the others) shows it, by body part.
 WORN_ODDS = {
-    "ring": _odds(0, HAND=0.16, FINGER=0.14, WRIST=0.07, FOREARM=0.06),
-    "bracelet": _odds(0, WRIST=0.08, FOREARM=0.10, HAND=0.06),
+    "ring": _odds(0, HAND=0.08, FINGER=0.07, WRIST=0.03, FOREARM=0.03),
+    "bracelet": _odds(0, WRIST=0.04, FOREARM=0.05, HAND=0.03),
     "watch": _odds(0, WRIST=0.02, FOREARM=0.04, HAND=0.02),
-    "pin": _odds(0.05),
-    "snaps": _odds(0, SHOULDER=0.12, HUMERUS=0.08, ELBOW=0.04),
-    "electrode": _odds(0, SHOULDER=0.14, HUMERUS=0.12),
+    "pin": _odds(0.03),
+    "snaps": _odds(0, SHOULDER=0.06, HUMERUS=0.04, ELBOW=0.02),
+    "electrode": _odds(0, SHOULDER=0.08, HUMERUS=0.06),
 }
-CAST_ODDS = _odds(0.07, SHOULDER=0.0, HUMERUS=0.0, FINGER=0.04, WRIST=0.09)
+CAST_ODDS = _odds(0.04, SHOULDER=0.0, HUMERUS=0.0, FINGER=0.02, WRIST=0.05)
 BEAM_ODDS = {
-    "ruler": _odds(0.03),
-    "marker": _odds(0.04),
-    "other_hand": _odds(0, HAND=0.05, FINGER=0.05, WRIST=0.03),
+    "ruler": _odds(0.02),
+    "marker": _odds(0.02),
+    "other_hand": _odds(0, HAND=0.03, FINGER=0.03, WRIST=0.02),
 }
 FILM_ODDS = {
     "seam": _odds(0, FOREARM=0.06, HUMERUS=0.06),
-    "grid_lines": _odds(0.06),
-    "dust": _odds(0.10),
-    "scratches": _odds(0.05),
-    "masked_name": _odds(0.08),
+    "grid_lines": _odds(0.03),
+    "dust": _odds(0.05),
+    "scratches": _odds(0.02),
+    "masked_name": _odds(0.05),
 }
 
 

@@ -30,11 +30,11 @@ class Fracture(NamedTuple):
     oblique: tuple[float, float]  # degrees between the plane's normal and the bone's axis
     lean: tuple | None  # direction that the normal leans to; None: any
     moves: str  # a key of `MOTIONS`, or "buckle"
-    tilt: float  # degrees, at severity 1
+    tilt: float  # degrees, at severity 0.5
     towards: tuple | None  # direction that the fragment tilts and steps to; None: any
-    step: float  # of the cortex, as a fraction of the bone's width, at severity 1
+    step: float  # of the cortex, as a fraction of the bone's width, at severity 0.5
     offset: float = 0.0  # of the plane from the bone's middle towards `lean`, as a fraction of the width
-    impacted: float = 0.0  # shortening as a fraction of the width, at severity 1
+    impacted: float = 0.0  # shortening as a fraction of the width, at severity 0.5
     partner: str = ""  # a bone that breaks at the same level ("ulna"), or leaves its joint ("radial head")
     ages: tuple[float, float] = ANY
     weight: float = 1.0
@@ -57,9 +57,11 @@ FRACTURES = [
     Fracture("spiral", FINGERS, (0.35, 0.68), (50, 64), None, "hinge", 8, None, 0.4, weight=3),
     Fracture("transverse", FINGERS, (0.25, 0.7), (3, 20), None, "hinge", 15, PALMAR, 0.45, weight=2),
     Fracture("neck", FINGERS, (0.78, 0.86), (5, 25), None, "end", 14, DORSAL, 0.2),
-    Fracture("mallet", DISTAL, (0.16, 0.26), (42, 58), DORSAL, "base chip", 14, DORSAL, 0.22, 0.12, weight=2),
-    Fracture("volar plate", MIDDLE, (0.1, 0.16), (42, 58), PALMAR, "base chip", 10, PALMAR, 0.2, 0.2),
-    Fracture("tuft", DISTAL, (0.68, 0.82), (3, 30), None, "chip", 8, None, 0.2, weight=1.5),
+    Fracture("mallet", DISTAL, (0.16, 0.26), (42, 58), DORSAL, "base chip", 14, DORSAL, 0.22, 0.12, weight=1),
+    Fracture(
+        "volar plate", MIDDLE, (0.1, 0.16), (42, 58), PALMAR, "base chip", 10, PALMAR, 0.2, 0.2, weight=0.6
+    ),
+    Fracture("tuft", DISTAL, (0.68, 0.82), (3, 30), None, "chip", 8, None, 0.2, weight=0.7),
     Fracture("transverse", ["radius"], (0.3, 0.75), (4, 25), None, "hinge", 6, None, 0.45),
     Fracture("nightstick", ["ulna"], (0.4, 0.82), (4, 25), None, "hinge", 5, None, 0.4),
     Fracture("both bones", ["radius"], (0.35, 0.7), (4, 25), None, "hinge", 7, None, 0.45, 0, 0, "ulna"),
@@ -143,7 +145,7 @@ def break_bone(
         With callus around the break.
     """
     cloud, body, w = scene.bones[site.bone], scene.body(site.bone), site.width
-    amount = (0.06 + 0.94 * severity**1.3) * rng.uniform(0.75, 1)
+    amount = (0.1 + 2.2 * severity**1.3) * rng.uniform(0.75, 1)
     way = -1 if row.moves in ("base chip", "pulled off", "head") else 1
     lean = across(site, row.lean, rng)
     row = row if row.towards is not None or "chip" not in row.moves else row._replace(towards=lean)
@@ -152,7 +154,7 @@ def break_bone(
     height = jagged(old, normal, w, rng)
     if row.moves == "buckle":
         return _buckle(scene, site, old, height, amount, across(site, row.towards, rng))
-    gap = (0.2 + 0.7 * severity * rng.uniform(0.7, 1)) * (0.6 + w / 40)
+    gap = (0.5 + 1.7 * severity * rng.uniform(0.7, 1)) * (0.6 + w / 20)
     mass = cloud.mass * (1 - (0.55 if healing else 0.96) * np.exp(-((height / gap) ** 4)))
     points, shift_joint = MOTIONS[row.moves](cloud.points, site, row, way, height > 0, amount, rng)
     pieces = int(severity * rng.uniform(0.6, 3.4)) if row.moves in ("hinge", "end", "head") else 0

@@ -79,7 +79,7 @@ def hardware(scene: Scene, severity: float, rng: np.random.Generator) -> str:
     if kind not in ("nail", "anchors", "headless screw"):  # those lie inside the bone
         parts = clip(parts, cloud.points[near], LIMIT.get(kind, 3.0))
     density, body = (
-        np.exp(rng.uniform(np.log(4), np.log(9))),
+        np.exp(rng.uniform(np.log(9), np.log(22))),
         scene.body(bone),
     )  # titanium to steel, of cortical bone
     for points, volume in parts:

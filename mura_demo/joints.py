@@ -135,7 +135,7 @@ def degenerative(scene: Scene, severity: float, rng: np.random.Generator) -> str
         v = (v - np.clip(v @ u, -half, half)[:, None] * u) / joint.radius  # as if there were no gap
         _harden(scene, bone, near, v, u, lopsided, severity, rng)
         if bone != joint.bone:
-            narrow = min(2.5, 2 * half) * (0.15 + 0.6 * severity) * (1 + 0.5 * v @ lopsided)
+            narrow = min(2.5, 2 * half) * (0.2 + 0.75 * severity) * (1 + 0.5 * v @ lopsided)
             narrow *= step_down(
                 (v**2).sum(1), 0.7, 0.5
             )  # the joint's side of the bone alone: nothing else moves
@@ -158,7 +158,7 @@ def _harden(scene, bone, near, v, u, lopsided, severity, rng):
     axial, far = v @ u, np.linalg.norm(v, axis=1)
     dense = np.exp(-((axial / 0.3) ** 2) - (far / 0.85) ** 4) * (0.65 + 0.5 * v @ lopsided)
     mass = cloud.mass.copy()
-    mass[near] += (cloud.pitch**3 * dense.clip(0) * (0.10 + 0.45 * severity)).astype(np.float32)
+    mass[near] += (cloud.pitch**3 * dense.clip(0) * (0.15 + 0.9 * severity)).astype(np.float32)
     spots = np.flatnonzero(np.exp(-((axial / 0.4) ** 2) - (far / 0.7) ** 4) > 0.3)
     for _ in range(rng.binomial(3, 0.45 * severity) if len(spots) else 0):
         distance = np.linalg.norm(v - v[rng.choice(spots)], axis=1) / rng.uniform(0.09, 0.17)
@@ -171,7 +171,7 @@ def _harden(scene, bone, near, v, u, lopsided, severity, rng):
 
 def _spur(scene, frames, bone, spot, centre, u, radius, severity, rng):
     """Grow an osteophyte on a joint's rim: a lip, wide along the rim, thin and pointed outwards."""
-    long = radius * rng.uniform(0.16, 0.28) * (0.4 + 0.9 * severity)
+    long = radius * rng.uniform(0.24, 0.4) * (0.4 + 0.9 * severity)
     out = unit((spot - centre) - ((spot - centre) @ u) * u)
     tip = unit(out + rng.uniform(-0.5, 0.5) * u)
     rim = np.cross(u, out)
@@ -211,7 +211,7 @@ def subluxation(scene: Scene, severity: float, rng: np.random.Generator) -> str:
     radius = joint.radius
     frames, centre, u, children, _ = _contact(scene, joint.body, joint.bone, radius)
     parts = [(b, _near(scene, frames, b, centre, 1.1 * radius)[1]) for b in [joint.bone, *children]]
-    slip = radius * joint.slip * (0.2 + 0.8 * severity) * rng.uniform(0.85, 1)
+    slip = radius * joint.slip * (0.4 + 1.2 * severity) * rng.uniform(0.85, 1)
     wish = rng.standard_normal(3) if joint.way is None else np.asarray(joint.way, float)
     way = wish + 0.2 * rng.standard_normal(3)
     way = unit(way - 0.8 * (way @ u) * u)

@@ -33,7 +33,8 @@ def lesion(scene: Scene, severity: float, rng: np.random.Generator) -> str:
     str
         "kind:bone".
     """
-    bone = pick(list(shown(scene)), rng)
+    bones = list(shown(scene))
+    bone = pick(bones, rng, [len(scene.bones[b].points) ** 0.5 for b in bones])  # rarely the smallest
     low, high = shown(scene)[bone]
     ends = [(max(low, a), min(high, b)) for a, b in ENDS if max(low, a) < min(high, b)]
     stretch = pick(ends, rng) if ends and rng.random() < NEAR_END else (max(low, 0.06), min(high, 0.93))
@@ -63,7 +64,7 @@ def medulla(bone: str, cloud: Cloud) -> np.ndarray:
 def _lytic(scene, site, severity, rng):
     """Dissolve the medulla and scallop the cortex from within; a sclerotic rim, or moth-eaten edges."""
     cloud = scene.bones[site.bone]
-    shape = _egg(scene, site, site.width * rng.uniform(0.35, 0.48) * (0.6 + 0.6 * severity), rng)
+    shape = _egg(scene, site, site.width * rng.uniform(0.6, 0.8) * (0.6 + severity), rng)
     core = medulla(site.bone, cloud)
     style = pick(["geographic", "rim", "moth-eaten"], rng, [0.3, 0.4, 0.3])
     hole = step_down(shape, 1, 0.3 if style == "geographic" else 0.12)
@@ -84,9 +85,9 @@ def _lytic(scene, site, severity, rng):
 def _sclerotic(scene, site, severity, rng):
     """Thicken the medulla by a tenth to a third, without a sharp edge."""
     cloud = scene.bones[site.bone]
-    shape = _egg(scene, site, site.width * rng.uniform(0.28, 0.4) * (0.7 + 0.5 * severity), rng)
+    shape = _egg(scene, site, site.width * rng.uniform(0.55, 0.75) * (0.6 + severity), rng)
     cloudy = step_down(shape, 0.9, rng.uniform(0.3, 0.7)) * medulla(site.bone, cloud)
-    _put(scene, site, cloud.mass + cloud.pitch**3 * cloudy * (0.1 + 0.36 * severity), shape < 1.2)
+    _put(scene, site, cloud.mass + cloud.pitch**3 * cloudy * (0.15 + severity), shape < 1.2)
 
 
 def _exostosis(scene, site, severity, rng):
@@ -98,7 +99,7 @@ def _exostosis(scene, site, severity, rng):
     foot = site.centre + out * (r[on] @ out).max(initial=0.35 * site.width)
     lean = site.axis * (1 if site.at < 0.5 else -1)
     tip = unit(out + rng.uniform(0.2, 0.6) * lean)
-    long = np.clip(site.width * rng.uniform(0.42, 0.65), 2.5, 20) * (0.35 + 0.85 * severity)
+    long = np.clip(site.width * rng.uniform(0.7, 1.0), 5, 30) * (0.35 + 0.85 * severity)
     count = int(np.clip(14 * long**3 / cloud.pitch**3, 300, 20_000))
     s, angle, edge = rng.random(count), rng.uniform(0, 2 * np.pi, count), np.sqrt(rng.random(count))
     radius = long * (0.6 - 0.42 * s + 0.95 * np.clip(s - 0.45, 0, 1) * np.sqrt(np.clip(1.08 - s, 0, 1)))

@@ -42,10 +42,10 @@ class Room:
             heel_x=u(-0.06, 0.06),
             heel_y=u(-0.06, 0.06),
             veil=u(0.003, 0.02),
-            photons=np.exp(u(np.log(2500), np.log(15000))),
+            photons=np.exp(u(np.log(5000), np.log(25000))),
             grain=u(0.4, 0.9),  # pixels over which the detector smears a photon
-            automatic=u(0, 0.3),  # how far the automatic exposure makes up for dense objects
-            white=u(0.88, 1.02) if rng.random() < 0.25 else u(1.05, 1.4),
+            automatic=u(0, 0.15),  # how far the automatic exposure makes up for dense objects
+            white=u(0.94, 1.05) if rng.random() < 0.2 else u(1.1, 1.4),
             black=u(0, 0.1),
             latitude=u(0.3, 0.6) if rng.random() < 0.3 else 0.0,  # of the film's shoulder; 0 clips hard
             sharpen=u(0, 0.7),
@@ -288,6 +288,9 @@ def finding_box(scene: Scene, projector: Projector, opening: np.ndarray) -> tupl
     seen[seen] = opening[y[seen].astype(int), x[seen].astype(int)] > 0.5
     if seen.mean() < 0.5:
         return None
-    x0, x1 = np.quantile(x[seen], [0.01, 0.99])
-    y0, y1 = np.quantile(y[seen], [0.01, 0.99])
-    return tuple(int(v) for v in (x0, y0, np.ceil(x1), np.ceil(y1))) if x1 - x0 > 1 and y1 - y0 > 1 else None
+    x0, x1 = np.quantile(x[seen], [0.002, 0.998])
+    y0, y1 = np.quantile(y[seen], [0.002, 0.998])
+    if x1 - x0 <= 1 or y1 - y0 <= 1:
+        return None
+    # A pixel more on each side: what is sharp in the scene is blurred on the film.
+    return max(0, int(x0) - 1), max(0, int(y0) - 1), min(width, int(x1) + 2), min(height, int(y1) + 2)

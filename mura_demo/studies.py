@@ -161,7 +161,7 @@ def _study(split: str, patient: int, part: str, number: int, label: int, rng: np
     first = str(rng.choice(["AP", "OBL", "LAT"], p=[0.5, 0.2, 0.3]))
     views = {1: (first,), 2: ("AP", "LAT"), 3: ("AP", "OBL", "LAT"), 4: ("AP", "OBL", "LAT", first)}[count]
     finding = str(rng.choice(list(FINDING_FRACTIONS), p=list(FINDING_FRACTIONS.values())))
-    severity, side, digit = float(rng.beta(2.4, 0.9)), "LR"[rng.integers(2)], int(rng.integers(1, 6))
+    severity, side, digit = float(rng.beta(4, 0.8)), "LR"[rng.integers(2)], int(rng.integers(1, 6))
     return Study(
         split,
         patient,
