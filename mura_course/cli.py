@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(run=_runs)
     actions = runs.add_subparsers(metavar="action")
     actions.add_parser("list", help="one's own runs and the recorded ones (also without an action)")
+    diff = actions.add_parser("diff", help="what differs between two runs")
+    diff.add_argument("a", type=Path, help="folder of a run")
+    diff.add_argument("b", type=Path, help="folder of another")
     verify = actions.add_parser("verify", help="train the cheapest recorded runs anew, and compare")
     verify.add_argument("--name", help="of one recorded run")
     verify.set_defaults(run=_verify)
@@ -94,11 +97,11 @@ def _remove_text(data: Path, out: Path, detector: str) -> None:
     print(f"{out}: {found}. To use it, set MURA_DATA to this folder.")
 
 
-def _runs() -> None:
+def _runs(a: Path | None = None, b: Path | None = None) -> None:
     from . import runs
 
-    table = runs.list_runs()
-    print(printable(table.to_string()) if len(table) else "There are no runs yet.")
+    table = runs.diff(a, b) if a and b else runs.list_runs()
+    print(printable(table.to_string()) if len(table) else "Nothing: no runs yet, or no difference.")
 
 
 def _verify(name: str | None) -> int:

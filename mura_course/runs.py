@@ -179,6 +179,17 @@ def save_model(model: Any, folder: Path) -> str | None:
     raise RunError(f"Unknown model {type(model).__name__}: import keras_tools.models or torch_tools.models.")
 
 
+def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
+    """Compare the runs in two folders: a row for each item of run.json that differs, columns `a` and `b`.
+
+    Items are named like "config.epochs" or "metrics.test.image.auroc.value". DiskError or RunError for a
+    folder that holds no finished run, or a damaged one.
+    """
+    values = {name: pd.json_normalize(_read_info(Path(f))).iloc[0] for name, f in (("a", a), ("b", b))}
+    table = pd.DataFrame(values, dtype=object).filter(regex=r"^(?!files\.|finished$|.*\.(low|high)$)", axis=0)
+    return table[table["a"].map(str) != table["b"].map(str)]
+
+
 def list_runs(root: str | Path | None = None) -> pd.DataFrame:
     """List the runs below `root`, by default the reader's own and the recorded ones, a row each.
 

@@ -275,3 +275,16 @@ def test_a_folder_of_other_data_or_one_that_cannot_be_written_is_refused(tmp_pat
     with pytest.raises(RunError, match="another run: fingerprint.*Delete or move"):
         make(tmp_path, fit=never)
     assert runs.load(mine.folder).info["fingerprint"] == other.info["fingerprint"]
+
+
+def test_diff_shows_what_changed(tmp_path):
+    config = {"layers": 5, "dropout": 0.3, "stages": [{"epochs": 2}]}
+    a = make(tmp_path, lambda w: (None, HISTORY, predicted(seed=0)))
+    b = make(tmp_path, lambda w: (None, HISTORY, predicted(seed=1)), config=config)
+    table = runs.diff(a.folder, b.folder)
+    assert table.loc["config.layers"].tolist() == [4, 5]
+    scores = [run.info["metrics"]["test"]["image"]["auroc"]["value"] for run in (a, b)]
+    assert table.loc["metrics.test.image.auroc.value"].tolist() == scores
+    assert not table.index.str.contains("low|high|files|finished").any()
+    assert not {"config.dropout", "name", "profile"} & set(table.index)
+    assert runs.diff(a.folder, a.folder).empty

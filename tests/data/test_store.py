@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,3 +190,25 @@ def test_a_full_disk_leaves_nothing_and_the_variable_is_named(index, cache):
     folder = build(index).folder
     folder.rename(folder.with_name(f".{folder.name}.1.part"))  # left by a process that was killed
     assert build(index).images == 12 and not list((cache / "pixels").glob(".*.part"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_store_is_whole_or_absent(index, cache, monkeypatch):
+    monkeypatch.setattr(store, "read_image", lambda *a: time.sleep(0.01) or read_image(*a))
+    rng, killed = np.random.default_rng(0), 0
+    for _ in range(12):
+        child = os.fork()
+        if not child:
+            build(index, workers=1)
+            os._exit(0)
+        time.sleep(rng.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        for folder in (cache / "pixels").glob("[!.]*-????????????"):
+            assert sorted(file.name for file in folder.iterdir()) == ["pixels.json", "pixels.npy"]
+        if list((cache / "pixels").glob("[!.]*-????????????")):
+            break
+    assert killed
+    one = build(index)
+    assert np.array_equal(one.pixels, [read_image(one.root / path, SIZE)[..., 0] for path in one.paths])
+    assert not list((cache / "pixels").glob(".*.part"))  # nothing is left of the killed ones

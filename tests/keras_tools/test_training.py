@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,3 +268,28 @@ def test_two_devices_give_what_one_gives_also_when_resumed(films, tmp_path):
     for column, values in one[1].items():
         np.testing.assert_allclose(two[1][column], values, atol=2e-3, err_msg=column)
     np.testing.assert_allclose(two[2], one[2], atol=2e-3)
+
+
+CHILD = """
+import runpy, sys, time
+from pathlib import Path
+test = runpy.run_path(sys.argv[1])
+films = test["make_index"](sys.argv[2])
+slow = test["keras"].callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: time.sleep(0.1))
+test["tiny_fit"](films, Path(sys.argv[3]), slow)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(films, undisturbed, tmp_path):
+    rng, file, written = random.Random(0), tmp_path / "checkpoint.npz", 0
+    for _ in range(2):
+        child = started(CHILD, films, tmp_path)
+        while child.poll() is None and (not file.exists() or file.stat().st_mtime_ns == written):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6))
+        assert child.poll() is None, "the child ended before it could be killed"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        written = file.stat().st_mtime_ns
+    assert_ends_alike(tiny_fit(films, tmp_path), undisturbed)

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -159,3 +161,30 @@ def test_a_full_disk_is_named_and_the_call_goes_on_when_room_was_made(clean, mon
         with pytest.raises(DiskError, match=r"image1\.png.*No space left.*Make room"):
             clean()
     assert clean()["films"] == 13
+
+
+KILLED = """
+import os, sys
+from mura_course import cli
+from mura_course.text import removal
+inpaint, films = removal.inpaint, []
+def killed(image, mask):
+    films.append(image)
+    if len(films) == 5:
+        os.kill(os.getpid(), 9)
+    return inpaint(image, mask)
+removal.inpaint = killed
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_killed_half_way_it_continues(tmp_path, dataset, clean):
+    """Through the command, in a process of its own, which is killed at the fifth film with text."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, "-c", KILLED, "remove-text", dataset, out, "--detector", "strokes"]
+    assert subprocess.run(command).returncode == -9
+    assert not out.exists() and 4 <= len(list(partial.rglob("image?.png"))) < 13
+    clean()
+    clean(out="expected")
+    assert contents(out) == contents(tmp_path / "expected")
