@@ -1,4 +1,4 @@
-"""The PyTorch half (KN; chapters 7 to 9): `models`, `training`, `router`. The only place that imports torch.
+"""The PyTorch half (KN; chapters 7 to 9): `models`, `training`. The only place that imports torch.
 
 Importing this room imports torch, torchvision, TorchMetrics and Lightning. Where TensorFlow came first, torch
 is told for the length of these imports that Triton, its compiler for GPUs, does not exist: loaded after
