@@ -49,7 +49,9 @@ def start(seed: int = 0) -> tuple[Profile, pd.DataFrame]:
     KernelError
         This Python lacks what the book needs. Further errors as `profiles.current` and `data.load_index`.
     """
-    check_kernel()
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        remedy = "Choose the book's own (Kernel > Change Kernel), or install the book's package here"
+        raise KernelError(f"This kernel's Python ({sys.executable}) lacks {', '.join(missing)}. {remedy}.")
     from . import data, profiles  # after the check, so that a wrong kernel is met with a sentence
 
     profiles.current()  # a misspelt profile is reported before any film is rendered
@@ -80,13 +82,6 @@ def gpu_names() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):  # no driver, or a broken one: no framework sees a GPU either
         return []
     return re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", listing.stdout, re.MULTILINE)
-
-
-def check_kernel() -> None:
-    """Raise KernelError, saying which kernel to choose, where this Python lacks what the book needs."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        remedy = "Choose the book's own (Kernel > Change Kernel), or install the book's package here"
-        raise KernelError(f"This kernel's Python ({sys.executable}) lacks {', '.join(missing)}. {remedy}.")
 
 
 def _seed_everything(seed: int) -> None:

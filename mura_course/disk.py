@@ -19,8 +19,6 @@ from filelock import FileLock, Timeout
 
 from .errors import DiskError
 
-DAY = 86_400.0  # seconds after which what a killed process left is removed
-
 
 @contextlib.contextmanager
 def named(path: Path, variable: str = "MURA_CACHE") -> Iterator[None]:
@@ -62,7 +60,7 @@ def atomic(path: Path, variable: str = "MURA_CACHE") -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f".{path.name}.*.part"):  # left by killed processes, one of this number
             with contextlib.suppress(FileNotFoundError):  # its own process has just renamed it
-                if old == beside or time.time() - old.lstat().st_mtime > DAY:
+                if old == beside or time.time() - old.lstat().st_mtime > 86_400:  # seconds: a day
                     remove(old)
         try:
             yield beside

@@ -28,8 +28,6 @@ Seeds = pd.DataFrame | Sequence[pd.DataFrame]  # predictions, or those of severa
 FOUND = ("value", "low", "high", "resamples")
 COUNTS = ("level", "n", "patients", "positives")
 PROVENANCE = ("data", "is_demo", "fingerprint", "profile", "weights", "run")
-# Resamples are drawn in blocks of about this many float64 weights, which stay in the processor's cache.
-_CELLS = 100_000
 
 
 def image_report(predictions: pd.DataFrame, threshold: float = 0.5, samples: int = 1000) -> pd.DataFrame:
@@ -141,8 +139,7 @@ def paired_difference(a: Seeds, b: Seeds, level: str = "image", samples: int = 1
         if len(first) != len(other) or (first[same].astype(str) != other[same].astype(str)).any(axis=None):
             what = f"the same {len(first)} and {len(other)} {level}s with the same labels"
             raise PredictionsError(f"The predictions are not of {what}: compare models on one test set.")
-    signed = ((table, sign / len(side)) for side, sign in ((ours, 1), (theirs, -1)) for table in side)
-    scorers = [(Scorer(table, 0.5), part) for table, part in signed]
+    scorers = [(Scorer(t, 0.5), sign / len(side)) for side, sign in ((ours, 1), (theirs, -1)) for t in side]
 
     def differences(weights: np.ndarray) -> dict[str, np.ndarray]:
         scores = [(scorer(weights), part) for scorer, part in scorers]
@@ -229,7 +226,7 @@ def _intervals(score: Callable, patients: int, rows: int, samples: int, rng) -> 
 
 def resample(patients: int, rows: int, samples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Blocks of weights, float64 (resamples, patients): how often each patient was drawn."""
-    block = max(1, _CELLS // max(patients, rows))
+    block = max(1, 100_000 // max(patients, rows))  # so many weights stay in the processor's cache
     for start in range(0, samples, block):
         size = min(block, samples - start)
         drawn = rng.integers(patients, size=(size, patients)) + patients * np.arange(size)[:, None]

@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from . import metrics, reports
-from .errors import DataNotFoundError, PredictionsError, one_of
+from .data.store import decode
+from .errors import PredictionsError, one_of
 
 Tables = pd.DataFrame | Mapping[str, pd.DataFrame]  # one, or several by name
 
@@ -151,17 +152,14 @@ def films(rows: pd.DataFrame, root: str | Path | None = None, ncols: int = 4, ti
 
     Raises
     ------
-    DataNotFoundError
-        A film is missing or unreadable.
+    DataError
+        A film does not exist or cannot be read.
     """
     root = Path(root if root is not None else rows.attrs.get("root", "."))
     headings = rows[titles or "body_part"] if titles is None or isinstance(titles, str) else titles
+    images = [decode(root / path, cv2.IMREAD_COLOR) for path in rows["path"]]
     figure, axes = _grid(len(rows), ncols, WIDTH, WIDTH / ncols + 0.42)
-    for axis, path, title, label in zip(axes, rows["path"], headings, rows["label"], strict=True):
-        image = cv2.imread(str(root / path), cv2.IMREAD_COLOR)
-        if image is None:
-            plt.close(figure)
-            raise DataNotFoundError(f"{root / path} is missing or no image. Is {root} the data's folder?")
+    for axis, image, title, label in zip(axes, images, headings, rows["label"], strict=True):
         axis.imshow(image[..., ::-1])
         axis.set(xticks=(), yticks=(), anchor="N")  # titles of a row at one height
         axis.spines[:].set(visible=True, color=COLOURS[label], linewidth=3)
@@ -219,10 +217,10 @@ def _by_name(tables: Tables) -> Mapping[str, pd.DataFrame]:
 
 def _curves(axis: Axes, history: pd.DataFrame, panel: str, colours: tuple[str, str], name: str) -> None:
     """One run's curves in one panel, train and dev, and dotted lines between its stages."""
-    epochs = history.get("epoch", pd.Series(range(1, len(history) + 1)))
     for column, line, colour in zip((panel, f"val_{panel}"), ("--", "-o"), colours, strict=True):
         if column in history:
-            axis.plot(epochs, history[column], line, color=colour, ms=4, lw=1.4, label=name * (line == "-o"))
+            shown: Any = {"color": colour, "label": name * (line == "-o"), "ms": 4, "lw": 1.4}
+            axis.plot(history["epoch"], history[column], line, **shown)
     if "stage" in history:
         for last in history.groupby("stage")["epoch"].max().iloc[:-1]:
             axis.axvline(last + 0.5, color=colours[1], linewidth=0.8, linestyle=":")

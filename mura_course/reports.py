@@ -277,9 +277,7 @@ def fraction_right(rows: pd.DataFrame, right: Any, samples: int = 1000, digits: 
     return str(overall({"": metrics.image_report(answered, samples=samples)}, digits)["Accuracy"].iloc[0])
 
 
-def _compared(
-    a: Any, b: Any, metric: str = "auroc", samples: int = 1000, level: str = "image", floors: Any = None
-) -> tuple[list[float], str]:
+def _compared(a: Any, b: Any, metric="auroc", samples=1000, level="image", floors: Any = None) -> tuple:
     """Compare a with b: the paired difference and its interval, and what the interval says."""
     one_of("metric", metric, tuple(metrics.METRICS), PredictionsError)
     a, b = _predictions(a), _predictions(b)

@@ -37,7 +37,7 @@ from .errors import MuraError, RunError, TrainingError, one_of
 
 VARIABLE, ONLY = "MURA_RUNS", "MURA_ONLY"
 LEFT_OUT = "not recorded yet, left out"
-IDENTITY = ("name", "config", "data", "fingerprint", "is_demo", "profile", "weights")
+IDENTITY = ("name", "config", "fingerprint", "data", "is_demo", "profile", "weights")
 KEYS = (*IDENTITY, "metrics", "epochs", "seconds", "device", "versions", "model", "files", "finished")
 LIBRARIES = ("keras", "tensorflow", "torch", "torchvision", "lightning", "numpy", "pandas", "sklearn", "cv2")
 COMPARED = ("keras", "tensorflow", "torch", "numpy")  # whose major version a recorded run depends on
@@ -185,9 +185,9 @@ def diff(a: str | Path, b: str | Path) -> pd.DataFrame:
     Items are named like "config.epochs" or "metrics.test.image.auroc.value". DiskError or RunError for a
     folder that holds no finished run, or a damaged one.
     """
-    values = {name: pd.json_normalize(_read_info(Path(f))).iloc[0] for name, f in (("a", a), ("b", b))}
-    table = pd.DataFrame(values, dtype=object).filter(regex=r"^(?!files\.|finished$|.*\.(low|high)$)", axis=0)
-    return table[table["a"].map(str) != table["b"].map(str)]
+    pairs = _differences(_read_info(Path(a)), _read_info(Path(b)))
+    table = pd.DataFrame.from_dict(pairs, orient="index", columns=["a", "b"], dtype=object)
+    return table.filter(regex=r"^(?!files\.|finished$|.*\.(low|high)$)", axis=0)
 
 
 def list_runs(root: str | Path | None = None) -> pd.DataFrame:
@@ -237,9 +237,9 @@ def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Pr
         raise RunError(f"A run's config must hold numbers, text, lists, dicts only: {error}") from error
     if index.empty:
         raise RunError("The index has no rows: there is nothing to train on.")
-    own = {"name": name, "config": json.loads(text), "profile": profile.name, "weights": weights}
-    own |= {"fingerprint": data.fingerprint(index), "is_demo": index.attrs["is_demo"]}
-    return own | {"data": index.attrs["name"]}
+    of_data = (data.fingerprint(index), index.attrs["name"], index.attrs["is_demo"])
+    values = (name, json.loads(text), *of_data, profile.name, weights)
+    return dict(zip(IDENTITY, values, strict=True))
 
 
 def _root(root: str | Path | None) -> Path:

@@ -106,11 +106,10 @@ def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Pa
             return _download(url, file, digest, algorithm)
         except (OSError, ValueError) as error:
             _failed[url] = " ".join(str(error).split())[:200] or type(error).__name__
-    raise WeightsError(
-        f"{file.name} cannot be downloaded ({_failed[url]}). By hand: download {url} where there is a "
-        f"connection, and put the file {file.name} (its {algorithm.upper()} begins with {digest}) into "
-        f"{paths.short_path(file.parent)}."
-    )
+    what = f"{file.name} cannot be downloaded ({_failed[url]})"
+    known = f"{algorithm.upper()} begins with {digest}"
+    where = f"put the file {file.name} (its {known}) into {paths.short_path(file.parent)}"
+    raise WeightsError(f"{what}. By hand: download {url} where there is a connection, and {where}.")
 
 
 def _download(url: str, file: Path, digest: str, algorithm: str) -> Path:

@@ -51,7 +51,6 @@ IMAGES, LABELS = "train_image_paths.csv", "train_labeled_studies.csv"
 HAND = "train/XR_HAND/patient00011"
 FOLDERS = {
     "no csv file of images": (instead_of(IMAGES, lambda f: None), f"{IMAGES}.*unpack|{IMAGES}.*archive"),
-    "no csv file of labels": (instead_of(LABELS, lambda f: None), f"{LABELS}.*archive"),
     "an empty csv file": (instead_of(IMAGES, Path.touch), f"{IMAGES}.*empty"),
     "a header alone": (instead_of(IMAGES, lambda f: f.write_text("Img_Path\n")), f"{IMAGES}.*empty"),
     "a line beyond the end": (add(IMAGES, "the end"), f"{IMAGES}.*malformed.*line 11: the end"),
@@ -104,21 +103,20 @@ ROWS = make_predictions(INDEX[INDEX["split"].eq("test")])
 BOTH = [*STUDIES, ("valid", "HAND", 11, 1, True, 1)]
 
 
-def changed(**columns) -> pd.DataFrame:
-    return ROWS.assign(**columns)
-
+changed, compare = ROWS.assign, metrics.paired_difference
 
 CALLS = {
     "no such folder": (lambda t: data.load_index(t / "absent"), "absent.*does not exist"),
-    "a file instead of a folder": (lambda t: data.load_index(touched(t / "MURA.zip")), "is a file"),
+    "a file instead of a folder": (lambda t: (t / "x").touch() or data.load_index(t / "x"), "is a file"),
     "a folder without data": (lambda t: data.load_index(t), "no data in MURA's layout"),
     "two data sets": (lambda t: [write_mura(t / n) for n in "ab"] and data.load_index(t), "2 data sets"),
     "a study on both sides": (lambda t: data.load_index(write_mura(t / "x", BOTH)), "both train and valid"),
     "a fraction of 0": (lambda t: data.split_dev(INDEX, 0), "fraction=0"),
+    "too few to split": (lambda t: data.split_dev(make_index(patients=2), 0.1), "of 2 patients are too few"),
     "a fraction of 1": (lambda t: data.split_dev(INDEX, 1.0), "fraction=1"),
     "a split by study": (lambda t: data.split_dev(INDEX, by="study"), "'patient', 'image'"),
     "a second dev set": (lambda t: data.split_dev(INDEX), "dev set already"),
-    "an index without attrs": (lambda t: run(t, index=no_attrs()), "attrs"),
+    "an index without attrs": (lambda t: run(t, index=pd.DataFrame(INDEX.to_dict("list"))), "attrs"),
     "truth of MURA": (lambda t: data.load_truth(make_index(name="MURA-v1.1")), "no truth.csv"),
     "truth that is missing": (lambda t: data.load_truth(make_index(t)), "truth.csv"),
     "a store of absent films": (lambda t: store(make_index(t)), "absent"),
@@ -143,9 +141,13 @@ CALLS = {
     "images twice": (lambda t: metrics.image_report(pd.concat([ROWS, ROWS])), "more than once"),
     "a study with two labels": (lambda t: metrics.study_report(changed(label=[0, 1] * 4)), "one label"),
     "a study of two patients": (lambda t: metrics.study_report(changed(patient=range(8))), "one patient"),
-    "other images to compare": (lambda t: metrics.paired_difference(ROWS, ROWS[1:]), "not of the same"),
-    "other labels to compare": (lambda t: metrics.paired_difference(ROWS, changed(label=0)), "same labels"),
-    "an unknown level": (lambda t: metrics.paired_difference(ROWS, ROWS, level="view"), "'study'"),
+    "other images to compare": (lambda t: compare(ROWS, ROWS[1:]), "not of the same"),
+    "other labels to compare": (lambda t: compare(ROWS, changed(label=0)), "same labels"),
+    "another part to compare": (lambda t: compare(ROWS, [ROWS, changed(body_part="HAND")]), "not of the"),
+    "an unknown claim": (lambda t: reports.agreement("slightly better", ROWS, ROWS), "claim must.*'better'"),
+    "a level of reports": (lambda t: reports.image_reports({"x": ROWS}, level="film"), "'study', not 'film'"),
+    "a batch of too many": (lambda t: batches(t, batch_size=9, drop_last=True), "images make no batch of 9"),
+    "an unknown level": (lambda t: compare(ROWS, ROWS, level="view"), "'study'"),
     "an unknown metric": (lambda t: reports.difference(ROWS, ROWS, "auc"), "auroc"),
     "a run named like a path": (lambda t: run(t, name="../x"), "name"),
     "a config that is no JSON": (lambda t: run(t, config={"a": {1, 2}}), "numbers, text, lists, dicts"),
@@ -159,15 +161,6 @@ CALLS = {
     "a stage without an end": (lambda t: Stage(learning_rate=1), "epochs or some steps"),
     "a recipe without stages": (lambda t: Recipe(backbone="x", size=8, stages=()), "stage"),
 }
-
-
-def no_attrs() -> pd.DataFrame:
-    return pd.DataFrame(INDEX.to_dict("list"))
-
-
-def touched(file: Path) -> Path:
-    file.touch()
-    return file
 
 
 def store(index: pd.DataFrame, size: int = 16) -> data.PixelStore:
@@ -205,7 +198,9 @@ COMMANDS = {
     "remove-text {t}/empty {t}/clean": "MURA's layout",
     "remove-text {t}/absent {t}/clean": "absent",
     "remove-text {t}/data {t}/data/MURA-v1.1": "MURA-v1.1",
-    "remove-text {t}/data {t}/data/MURA-v1.1/inside": "inside",
+    "remove-text {t}/data {t}/link/clean": "one in the other",  # by way of a link
+    "remove-text {t}/data {t}/data": "one in the other",
+    "remove-text {t}/data {t}/data/MURA-v1.1/train/..": "one in the other",
     "remove-text {t}/data {t}/file": "file",
     "remove-text {t}/data {t}/clean --detector tesseract": "tesseract",
     "remove-text {t}/data {t}/clean --detector strokes": "image1.png",
@@ -218,6 +213,7 @@ def test_a_bad_command_is_refused_in_one_line(tmp_path, command, capsys):
     write_mura(tmp_path / "data" / "MURA-v1.1")  # its films are empty files
     (tmp_path / "file").write_text("no data")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data/MURA-v1.1")
     try:
         code = cli.main(command.replace("{t}", str(tmp_path)).split())
     except SystemExit as usage:  # argparse's own way out
@@ -225,4 +221,4 @@ def test_a_bad_command_is_refused_in_one_line(tmp_path, command, capsys):
     error = capsys.readouterr().err
     assert code not in (0, None)
     assert "Traceback" not in error and COMMANDS[command].replace("{t}", str(tmp_path)) in error
-    assert not (tmp_path / "x").exists() and not (tmp_path / "clean").exists()
+    assert not (tmp_path / "x").exists() and not list(tmp_path.rglob("clean"))

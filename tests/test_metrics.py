@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import pair_by_pair
 from scipy.stats import rankdata
 from sklearn import metrics as sk
 
 from mura_course import metrics
-from mura_course.errors import PredictionsError
 
 
 def make(labels, probabilities, patients=None, parts="HAND", views_per_study=1):
@@ -30,13 +30,6 @@ def simulate(patients, rng):
     logit = 1.2 * label + np.repeat(rng.standard_normal(patients), views)
     logit = logit + 0.5 * rng.standard_normal(len(patient))
     return make(label, 1 / (1 + np.exp(-logit)), patient)
-
-
-def pair_by_pair(label, probability, part):
-    """AUROC within body part as it is defined, one (abnormal, normal) pair after the other."""
-    rows = list(zip(label, probability, part, strict=True))
-    won = [(p > q) + (p == q) / 2 for y, p, a in rows for z, q, b in rows if y > z and a == b]
-    return np.mean(won) if won else float("nan")
 
 
 def reference(label, probability, part=None):
@@ -176,8 +169,6 @@ def test_a_paired_difference_has_a_sign_and_no_order(seed):
     np.testing.assert_allclose(back[["low", "high"]], -forth[["high", "low"]], atol=1e-12)
     seeds = metrics.paired_difference([a, b, b], [b, b, b], samples=50)  # the mean of scores
     np.testing.assert_allclose(seeds.to_numpy()[:, :3], forth.to_numpy()[:, :3] / 3, atol=1e-12)
-    with pytest.raises(PredictionsError, match="not of the same"):
-        metrics.paired_difference(a, [a, b.assign(body_part="WRIST")])
     same = metrics.paired_difference(a, a, samples=50).dropna()
     assert (same[["value", "low", "high"]] == 0).all(axis=None)
     by_study = metrics.paired_difference(a, b, level="study", samples=0)

@@ -9,10 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from making import make_films
 from matplotlib.colors import to_hex
 
 from mura_course import metrics, plots, reports
-from mura_course.errors import DataNotFoundError, PredictionsError
+from mura_course.errors import DataError, PredictionsError
 
 DEMO = {"data": "MURA-demo", "is_demo": True, "weights": "random", "profile": "smoke"}
 DEMO_LINE = "MURA-demo (synthetic films, not MURA) · {} level · random weights · profile smoke"
@@ -122,27 +123,22 @@ def test_matrices_share_one_scale_by_the_rows_fraction(predictions):
 
 @pytest.fixture
 def films(tmp_path):
-    rows = pd.DataFrame({"body_part": ["HAND", "WRIST", "ELBOW"], "label": [0, 1, 0], "view": [1, 2, 1]})
-    rows["path"] = [f"{i}.png" for i in range(3)]
-    for i, path in enumerate(rows["path"]):
-        cv2.imwrite(str(tmp_path / path), np.full((20 + i, 30), 40 * i, np.uint8))
-    rows.attrs = {"root": str(tmp_path)}
-    return rows
+    return make_films(tmp_path, patients=3, views=1)
 
 
 def test_films_are_framed_in_their_labels_colour_and_word(films, tmp_path):
     figure = plots.films(films, ncols=2)
     titles = [axis.get_title() for axis in figure.axes[:3]]
-    assert titles == ["HAND, normal", "WRIST, abnormal", "ELBOW, normal"]
-    for axis, label, height in zip(figure.axes, films["label"], (20, 21, 22), strict=False):
+    assert titles == ["HAND, normal", "HAND, abnormal", "WRIST, normal"]
+    for axis, label, path in zip(figure.axes, films["label"], films["path"], strict=False):
         colours = {to_hex(spine.get_edgecolor()).upper() for spine in axis.spines.values()}
         assert colours == {plots.COLOURS[label]}
-        assert axis.images[0].get_array().shape == (height, 30, 3)
+        np.testing.assert_array_equal(axis.images[0].get_array(), cv2.imread(str(tmp_path / path)))
     assert not figure.axes[3].get_visible()
-    assert [a.get_title() for a in plots.films(films, titles="view").axes][:2] == ["1, normal", "2, abnormal"]
+    assert [a.get_title() for a in plots.films(films, titles="view").axes][:2] == ["1, normal", "1, abnormal"]
     assert plots.films(films, titles=["a", "b", "c"]).axes[2].get_title() == "c, normal"
-    (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataNotFoundError, match="1.png is missing or no image"):
+    (tmp_path / "1-1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="1-1.png: empty, no image"):
         plots.films(films)
 
 

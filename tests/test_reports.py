@@ -67,8 +67,6 @@ def test_several_models_are_scored_and_shown_a_row_each(tmp_path):
     assert table.loc["poor", "AUROC"] == reports.format_report(found["poor"], 1).loc["OVERALL", "AUROC"]
     by_study = reports.image_reports({"poor": POOR}, 50, level="study")["poor"]
     pd.testing.assert_frame_equal(by_study, metrics.study_report(POOR, samples=50))
-    with pytest.raises(PredictionsError, match="level must be one of 'image', 'study', not 'film'"):
-        reports.image_reports({"poor": POOR}, level="film")
 
 
 def test_a_difference_is_a_number_an_interval_and_a_word():
@@ -136,8 +134,6 @@ def test_a_claim_agrees_disagrees_or_cannot_be_told():
     same = [reports.agreement("no big difference", GOOD, b, samples=100) for b in (GOOD, FAIR, GOOD[::-1])]
     assert same == ["agrees", "disagrees", "agrees"]
     assert reports.agreement("no big difference", FAIR, other, samples=100) == "cannot tell"
-    with pytest.raises(PredictionsError, match="claim must be one of 'better'"):
-        reports.agreement("slightly better", GOOD, POOR)
 
 
 def test_over_seeds_differences_are_averaged_and_the_fraction_right_has_an_interval_over_patients():

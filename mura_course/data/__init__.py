@@ -8,7 +8,6 @@ what it must hold.
 from .batches import (
     AUGMENTS,
     KL_AUGMENT,
-    KN_AUGMENT,
     SCALES,
     Augment,
     Batches,

@@ -131,10 +131,11 @@ SCALES: dict[str, np.ndarray] = {
 TABLES = {scale: cv2.merge(list(levels))[None] for scale, levels in SCALES.items()}  # the same, channels last
 
 
-def check_scale(expected: str, batches: object) -> None:
+def check_scale(expected: str | None, batches: object) -> None:
     """Compare the scale that a model expects with the one that `batches` (or their adapter) delivers.
 
-    The wrong scale raises nothing by itself: the model trains badly, or predicts nonsense.
+    The wrong scale raises nothing by itself: the model trains badly, or predicts nonsense. A model that
+    expects None, such as a head on features, takes any.
 
     Raises
     ------
@@ -142,7 +143,7 @@ def check_scale(expected: str, batches: object) -> None:
         They differ, or `batches` states none.
     """
     scale = getattr(batches, "scale", None)
-    if scale != one_of("the expected scale", expected, SCALES):
+    if expected is not None and scale != one_of("the expected scale", expected, SCALES):
         raise DataError(f"The model expects {expected!r}, not {scale!r}: Batches(..., scale={expected!r}).")
 
 

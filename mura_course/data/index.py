@@ -214,9 +214,7 @@ def _parse(file: Path, pattern: str, folder: str, ending: str) -> pd.DataFrame:
     return rows
 
 
-def _refuse(
-    file: Path, rows: pd.DataFrame, bad: Any, problem: str, remedy: str = ORIGINAL, error: type = DataError
-) -> None:
+def _refuse(file: Path, rows: Any, bad: Any, problem: str, remedy=ORIGINAL, error: type = DataError) -> None:
     """Raise `error` if any row is `bad`: the file, the problem with its remedy, the first few lines."""
     if bad.any():
         lines = [f"line {number}: {line}" for number, line in rows.loc[bad, "line"].items()]

@@ -26,7 +26,6 @@ from .. import weights as imagenet
 from ..data import Batches
 from ..data.features import digest_of
 from ..errors import ModelError, WeightsError, one_of
-from ..profiles import Profile
 
 
 class Backbone(NamedTuple):
@@ -85,10 +84,8 @@ def efficientnet_lite0(
     x = _convolution(x, 32, 3, 2, "stem")
     stages = zip(REPEATS, KERNELS, STRIDES, EXPANSIONS, FILTERS, strict=True)
     for number, (repeats, kernel, stride, expansion, filters) in enumerate(stages, start=1):
-        for i in range(repeats):
-            x = _inverted_bottleneck(
-                x, kernel, stride if i == 0 else 1, expansion, filters, f"block{number}_{i}"
-            )
+        for i, step in enumerate([stride] + [1] * (repeats - 1)):
+            x = _inverted_bottleneck(x, kernel, step, expansion, filters, f"block{number}_{i}")
     x = _convolution(x, 1280, 1, 1, "last")
     x = layers.GlobalMaxPooling2D(name="max_pool")(x) if pooling else x
     model = keras.Model(inputs, x, name=name)
@@ -143,11 +140,6 @@ BACKBONES = {
     "EfficientNetLite0": Backbone(efficientnet_lite0, "tf", 224),
 }
 """By name: the report's two backbones (KL Table 2), and the one whose weights need no download."""
-
-
-def backbone(name: str) -> Backbone:
-    """Look up a backbone by its name; ModelError, listing the names, where there is none."""
-    return BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
 
 
 @keras.saving.register_keras_serializable(package="mura_course")
@@ -206,7 +198,7 @@ def extractor(
     WeightsError
         As `weights_file`.
     """
-    known = backbone(name)
+    known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
     size = size or known.side
     if size < 32:
         raise ModelError(f"{name} halves its images five times: they need 32 pixels or more, not {size}.")
@@ -296,15 +288,6 @@ def divide(model: keras.Model, block: str, batchnorm: bool = False) -> tuple[ker
     return trunk, top
 
 
-def find_weights(name: str, profile: Profile) -> str:
-    """Say "imagenet" where the weights of this backbone are found or downloaded, else "random".
-
-    As `mura_course.weights.find`, which prints a note where it is "random"; the answer is what `extractor`
-    and `training.train` take as `weights`, and what a run records.
-    """
-    return imagenet.find(name, profile, weights_file)
-
-
 def weights_file(name: str) -> Path:
     """Find the file with the ImageNet weights of a backbone, downloaded or converted if need be.
 
@@ -315,19 +298,22 @@ def weights_file(name: str) -> Path:
     WeightsError
         It cannot be downloaded or converted; the message says how to place it by hand.
     """
-    known = backbone(name)
+    known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
     if not known.url:
         return _converted_file(name)
     folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
     return imagenet.retrieve(known.url, folder / known.url.rpartition("/")[2], known.digest, "md5")
 
 
+find_weights = partial(imagenet.find, weights_file=weights_file)
+"""(name, profile) -> "imagenet" or "random", with a note, as `mura_course.weights.find`: what `extractor` and
+`training.train` take as `weights`, and what a run records."""
+
+
 # In a process of its own: PyTorch and TensorFlow in one process can crash, depending on who comes first.
-CONVERT = """
-import sys, numpy, torch
+CONVERT = """import sys, numpy, torch
 weights = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-numpy.savez(open(sys.argv[2], "wb"), **weights)
-"""
+numpy.savez(open(sys.argv[2], "wb"), **weights)"""
 
 
 def _converted_file(name: str) -> Path:

@@ -79,7 +79,6 @@ def transfer_model(
     dense_units: Sequence[int] = (),
     size: int | None = None,
     weights: str = "imagenet",
-    dropout: float = 0.2,
 ) -> keras.Model:
     """Build a model of KL 1.5, Table 3: a pretrained backbone, max pooling, dense layers, one sigmoid.
 
@@ -95,8 +94,6 @@ def transfer_model(
         Side of the images in pixels; by default the report's (224; ResNet50 256).
     weights : {"imagenet", "random"}
         See `backbones.find_weights`.
-    dropout : float
-        Fraction of values dropped after the backbone and after each dense layer.
 
     Returns
     -------
@@ -110,11 +107,14 @@ def transfer_model(
         As `backbones.extractor`.
     """
     extractor = backbones.extractor(backbone, size, weights, trainable)
-    return with_head(extractor, transfer_head(extractor.output_shape[1], dense_units, dropout))
+    return with_head(extractor, transfer_head(extractor.output_shape[1], dense_units))
 
 
 def transfer_head(features: int, dense_units: Sequence[int] = (), dropout: float = 0.2) -> keras.Sequential:
-    """Build what `transfer_model` puts on a backbone: (batch, features) -> P(abnormal), (batch, 1)."""
+    """Build what `transfer_model` puts on a backbone: (batch, features) -> P(abnormal), (batch, 1).
+
+    `dropout` is the fraction of values dropped after the backbone and after each dense layer.
+    """
     head = keras.Sequential([keras.Input((features,)), layers.Dropout(dropout)], name="Head")
     for units in dense_units:
         head.add(layers.Dense(units, activation="relu"))

@@ -207,8 +207,7 @@ def predict(model: keras.Model, batches: data.Batches) -> pd.DataFrame:
     A model with the outputs "label" and "body_part" (a dict) also gives a column for each of
     `data.BODY_PARTS`.
     """
-    if hasattr(model, "expected_scale"):
-        data.check_scale(model.expected_scale, batches)
+    data.check_scale(getattr(model, "expected_scale", None), batches)
     size = min(batches.batch_size, len(batches.index))
     said = [backbones.forward(model, x, size) for x, _ in batches.some(range(len(batches)))]
     found: Any = keras.tree.map_structure(lambda *ones: np.concatenate(ones).astype(float), *said)
@@ -220,8 +219,7 @@ def predict(model: keras.Model, batches: data.Batches) -> pd.DataFrame:
 
 def _dataset(model: keras.Model, batches: data.Batches) -> Any:
     """Make a PyDataset of the batches."""
-    if hasattr(model, "expected_scale"):
-        data.check_scale(model.expected_scale, batches)
+    data.check_scale(getattr(model, "expected_scale", None), batches)
     dataset = batches.keras()
     if model.distribute_strategy.num_replicas_in_sync > 1:
         # Keras 3.15 looks at the data of a model on several devices before it trains; with several workers
@@ -316,6 +314,5 @@ class Checkpoint(keras.callbacks.Callback):
         best = [w for c in self.others if hasattr(c, "restore_best_weights") for w in c.best_weights or ()]
         state = {"history": self.history, "counted": counted, "stopped": bool(self.network.stop_training)}
         with disk.atomic(self.file, runs.VARIABLE) as beside, beside.open("wb") as content:
-            np.savez(
-                content, *map(to_numpy, self._variables()), *best, state=json.dumps(state, default=float)
-            )
+            arrays = [*map(to_numpy, self._variables()), *best]
+            np.savez(content, *arrays, state=json.dumps(state, default=float))

@@ -3,7 +3,6 @@
 Uses `data` for whole data sets, and no framework: keras-ocr's runs in a process of its own.
 """
 
+# ruff: noqa: F401 - the room's public names
 from .boxes import Found, TextBox
 from .removal import DETECTORS, clean_dataset, get_detector, inpaint, remove_text
-
-__all__ = ["DETECTORS", "Found", "TextBox", "clean_dataset", "get_detector", "inpaint", "remove_text"]

@@ -4,7 +4,7 @@ Changes no image, reads and writes no file.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -42,13 +42,11 @@ class Found:
     mask: np.ndarray
 
 
-class Detector(Protocol):
-    """Finds text in uint8 images, (H, W) or (H, W, 3) RGB; `versions` says what decides its results."""
+Detector: TypeAlias = Any
+"""What finds text: called with a uint8 image, (H, W) or (H, W, 3) RGB, it gives `Found`.
 
-    name: str
-    versions: dict[str, str]
-
-    def __call__(self, image: np.ndarray) -> Found: ...  # noqa: D102
+Its attributes: `name` (str), and `versions` (dict of str), which say what decides its results.
+"""
 
 
 def grey(image: np.ndarray) -> np.ndarray:

@@ -91,9 +91,7 @@ def inpaint(image: np.ndarray, mask: np.ndarray, radius: int = 7) -> np.ndarray:
     return cv2.inpaint(image, mask.astype(np.uint8), radius, cv2.INPAINT_NS)
 
 
-def clean_dataset(
-    source: str | Path, target: str | Path, detector: str = "rapidocr", progress: bool = True
-) -> dict[str, Any]:
+def clean_dataset(source: str | Path, target: str | Path, detector: str = "rapidocr") -> dict[str, Any]:
     """Copy a data set into a new folder, without the text in its films.
 
     Parameters
@@ -102,8 +100,6 @@ def clean_dataset(
         The data (see `data.index.find_root`), and a folder that does not exist yet, elsewhere.
     detector : str
         A name that `get_detector` takes.
-    progress : bool
-        Show a progress bar.
 
     Returns
     -------
@@ -137,7 +133,7 @@ def clean_dataset(
     work, paths = target.with_name(f"{target.name}.partial"), index["path"].tolist()
     with disk.named(target, ""), disk.lock(target, ""):
         _claim(target, work, order)
-        boxes = _clean_films(root, work, paths, one, progress)
+        boxes = _clean_films(root, work, paths, one)
         for file in root.iterdir():
             if file.is_file() and file.name not in NOT_COPIED:
                 shutil.copyfile(file, work / file.name)
@@ -162,12 +158,12 @@ def _claim(target: Path, work: Path, order: dict[str, Any]) -> None:
         raise TextError(f"{work} was left by a call on other films, or with another detector. {remedy}")
 
 
-def _clean_films(root: Path, work: Path, paths: list[str], one: Detector, progress: bool) -> dict[str, list]:
+def _clean_films(root: Path, work: Path, paths: list[str], one: Detector) -> dict[str, list]:
     """Write the films that are not yet there, in threads; returns the boxes of all."""
     boxes = _read_boxes(work)
     todo = [path for path in paths if path not in boxes]
     results = ahead(lambda i: _clean_film(one, root, work, todo[i]), len(todo), cores())
-    bar = tqdm(results, "Removing text", len(todo), unit="film", disable=not progress)
+    bar = tqdm(results, "Removing text", len(todo), unit="film")
     with (work / BOXES).open("a", buffering=1, encoding="utf-8") as table:
         for path, found in zip(todo, bar, strict=True):
             boxes[path] = found

@@ -64,7 +64,12 @@ class Strokes:
         for i in np.flatnonzero(_accept(measures, max(mask.shape))):
             window, grown, _ = strokes[i]
             mask[window] |= grown
-        return Found(_boxes(mask), mask)
+        # Upright boxes around the words: gaps up to a letter's width are bridged.
+        bridge = np.ones((1, max(3, round(0.045 * max(mask.shape)))), np.uint8)
+        words = cv2.morphologyEx(np.pad(mask, ((0, 0), (30, 30))).astype(np.uint8), cv2.MORPH_CLOSE, bridge)
+        stats = cv2.connectedComponentsWithStats(words[:, 30:-30], connectivity=8)[2][1:]
+        corners = [((x, y), (x + w, y), (x + w, y + h), (x, y + h)) for x, y, w, h, _ in stats]
+        return Found([TextBox(np.array(c, np.float32), source="strokes") for c in corners], mask)
 
 
 def top_hat(film: np.ndarray) -> np.ndarray:
@@ -179,12 +184,3 @@ def _side_by_side(x0: np.ndarray, x1: np.ndarray) -> int:
     order = np.lexsort((x1, x0))
     ends = np.maximum.accumulate(np.r_[-np.inf, x1[order]])  # of all before each
     return int((x0[order] >= ends[:-1] - 1).sum())
-
-
-def _boxes(mask: np.ndarray) -> list[TextBox]:
-    """Upright boxes around the words of a mask: gaps up to a letter's width are bridged."""
-    bridge = np.ones((1, max(3, round(0.045 * max(mask.shape)))), np.uint8)
-    words = cv2.morphologyEx(np.pad(mask, ((0, 0), (30, 30))).astype(np.uint8), cv2.MORPH_CLOSE, bridge)
-    stats = cv2.connectedComponentsWithStats(words[:, 30:-30], connectivity=8)[2][1:]
-    corners = [((x, y), (x + w, y), (x + w, y + h), (x, y + h)) for x, y, w, h, _ in stats]
-    return [TextBox(np.array(c, np.float32), source="strokes") for c in corners]

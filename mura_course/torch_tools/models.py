@@ -67,7 +67,8 @@ def _lite(name: str) -> nn.Sequential:
     """
     from efficientnet_lite_pytorch import EfficientNet
 
-    whole: Any = EfficientNet.from_name(f"efficientnet-lite{name[-1]}", image_size=224)
+    options = {"image_size": 224, "batch_norm_momentum": 0.9}  # which is TensorFlow's way to say 0.1
+    whole: Any = EfficientNet.from_name(f"efficientnet-lite{name[-1]}", **options)
     module = nn.Sequential()
     module.stem = nn.Sequential(whole._conv_stem, whole._bn0, nn.ReLU6())
     # A block ends where the map is about to be halved: 1/4, 1/8, 1/16, 1/32 of the image's side.
@@ -76,9 +77,6 @@ def _lite(name: str) -> nn.Sequential:
         module.add_module(f"layer{i}", nn.Sequential(*whole._blocks[first:end]))
     module.last = nn.Sequential(whole._conv_head, whole._bn1, nn.ReLU6())
     module.average = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = 0.1
     return module
 
 
@@ -259,7 +257,7 @@ class ImageClassifier(nn.Module):
     expected_scale : str
         Of the pixels, as `data.SCALES` has them.
     architecture : dict
-        Plain values, of which `build_like` makes another one.
+        Plain values, of which `load` makes another one.
     """
 
     def __init__(self, name: str, module: Any, head: Head, outputs: int, frozen: bool | str) -> None:
@@ -314,12 +312,6 @@ def _(model: nn.Module, folder: Path) -> str:
     return "model.safetensors"
 
 
-def build_like(architecture: dict[str, Any]) -> ImageClassifier:
-    """Build a frozen classifier of this `architecture`, with random weights."""
-    name, head, outputs = (architecture[key] for key in ("backbone", "head", "outputs"))
-    return classifier(name, head, weights="random", outputs=outputs)
-
-
 def load(run: runs.Run, into: nn.Module | None = None) -> Any:
     """Load the trained model of a run.
 
@@ -342,8 +334,10 @@ def load(run: runs.Run, into: nn.Module | None = None) -> Any:
     """
     file = run.model_file()
     try:
-        model = build_like(run.info["architecture"]) if into is None else into
-        safetensors.torch.load_model(model, file)
+        if into is None:
+            like = run.info["architecture"]
+            into = classifier(like["backbone"], like["head"], weights="random", outputs=like["outputs"])
+        safetensors.torch.load_model(into, file)
     except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise RunError(f"{file} is whole, but of another model than was asked for ({error}).") from error
-    return model
+    return into

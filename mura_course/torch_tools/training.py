@@ -70,9 +70,8 @@ def parameter_groups(model: Any, learning_rate: float, layer_decay: float) -> li
     blocks = models.BACKBONES[model.name].blocks
     stem = nn.ModuleList(module for name, module in model.backbone.named_children() if name not in blocks)
     parts = [model.head, *(getattr(model.backbone, name) for name in reversed(blocks)), stem]
-    return [
-        {"params": list(p.parameters()), "lr": learning_rate * layer_decay**i} for i, p in enumerate(parts)
-    ]
+    arrays = [list(part.parameters()) for part in parts]
+    return [{"params": of, "lr": learning_rate * layer_decay**i} for i, of in enumerate(arrays)]
 
 
 class Task(lightning.LightningModule):
@@ -124,10 +123,9 @@ class Task(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Make Adam or AdamW, with a learning rate for each block where the stage has a layer decay."""
+        """Make AdamW (Adam, without a weight decay), with a learning rate a block by the layer decay."""
         groups = parameter_groups(self.model, self.stage.learning_rate, self.stage.layer_decay)
-        adam = torch.optim.AdamW if self.stage.optimizer == "adamw" else torch.optim.Adam
-        optimizer = adam(groups, weight_decay=self.stage.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.stage.weight_decay)
         if self.stage.schedule is None:
             return optimizer
         highest, steps = [group["lr"] for group in groups], int(self.trainer.estimated_stepping_batches)
@@ -266,8 +264,7 @@ def fit(
 
 def _loader(model: nn.Module, batches: Batches) -> Any:
     """Make a DataLoader of batches on the scale that the model expects; a head on features expects none."""
-    if hasattr(model, "expected_scale"):
-        data.check_scale(str(model.expected_scale), batches)
+    data.check_scale(vars(model).get("expected_scale"), batches)
     return batches.torch()
 
 

@@ -17,10 +17,6 @@ from mura_course.errors import DataError, DiskError
 SIZE = 24
 
 
-class Interrupted(Exception):
-    pass
-
-
 class Projection:
     """An `Extractor` of NumPy alone: three fixed weighted sums of the pixels."""
 
@@ -32,7 +28,7 @@ class Projection:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         if len(self.seen) == self.stop_at:
-            raise Interrupted
+            raise KeyboardInterrupt
         assert x.shape[1:] == (3, SIZE, SIZE) and x.min() >= -1 and x.max() <= 1
         self.seen.append(len(x))
         return x.reshape(len(x), -1) @ self.weights
@@ -78,9 +74,7 @@ def assert_features_of(found, images: Batches, extractor: Projection, epoch: int
         assert found[i][0].dtype == np.float32 and np.array_equal(found[i][1], images[i][1])
 
 
-@pytest.mark.parametrize(
-    "kind, dtype", [(Projection, np.float32), (Trunk, np.float16)]
-)  # maps: half as large
+@pytest.mark.parametrize("kind, dtype", [(Projection, np.float32), (Trunk, np.float16)])
 def test_features_are_those_of_each_image_in_any_order_and_computed_once(index, kind, dtype):
     extractor, options = kind(), {"scale": "-1..1", "layout": "nchw", "shuffle": True}
     found, images = compute(batches(index, shuffle=True), extractor), batches(index, **options)
@@ -136,7 +130,7 @@ def test_fault_7_a_flipped_byte_of_cached_features_is_noticed(index, cache):
 
 
 def test_an_interrupted_pass_leaves_nothing_and_a_backbone_without_a_signal_is_refused(index, cache):
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         compute(batches(index), Projection(stop_at=3))
     assert [entry for entry in cache.iterdir() if entry.suffix != ".lock"] == []
     extractor = Projection()

@@ -59,14 +59,9 @@ def test_the_index_of_a_small_data_set(mura_folder):
 
 
 @pytest.mark.parametrize("options", [
-    {"header": True},
+    *({option: True} for option in ("header", "bom", "macos")),
     {"newline": "\r\n", "header": True, "bom": True},
-    {"bom": True},
-    {"macos": True},
-    {"prefix": ""},
-    {"prefix": "some/other/train/folder/"},
-    {"prefix": "/data/MURA-v1.1/"},
-    {"prefix": "MURA-v1.1\\"},
+    *({"prefix": p} for p in ("", "some/other/train/folder/", "/data/MURA-v1.1/", "MURA-v1.1\\")),
 ])  # fmt: skip
 def test_copies_in_circulation_give_the_same_index(mura_folder, options):
     assert rows(data.load_index(mura_folder(**options))) == EXPECTED

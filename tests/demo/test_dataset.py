@@ -99,11 +99,8 @@ def script(folder, before):
 @pytest.mark.slow
 def test_killed_and_continued_with_other_workers_it_writes_the_same_bytes(small, tmp_path):
     """The parent alone is killed. The script's stderr ends when its workers, who share it, have ended too."""
-    script(
-        tmp_path,
-        "import os, mura_demo.dataset as d\nreal = d.as_completed\n"
-        "d.as_completed = lambda tasks: next(real(tasks)) and os.kill(os.getpid(), 9)",
-    )
+    kill = "import os, mura_demo.dataset as d\nreal = d.as_completed\n"
+    script(tmp_path, kill + "d.as_completed = lambda tasks: next(real(tasks)) and os.kill(os.getpid(), 9)")
     partial = tmp_path / "out" / "MURA-demo.partial"
     damaged, *done = partial.glob("done/*.json")
     films = [row["path"] for note in done for row in json.loads(note.read_text())["films"]]
@@ -122,9 +119,10 @@ def test_a_disk_that_is_full_while_workers_write_is_named(tmp_path):
     assert f"OSError: {tmp_path / 'out'} cannot be written (File too large" in errors.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("studies", 59), ("long_side", 2049), ("workers", 0), ("seed", 1.5), ("seed", "1")]
-)
+WRONG = [("studies", 59), ("long_side", 2049), ("workers", 0), ("seed", 1.5), ("seed", "1")]
+
+
+@pytest.mark.parametrize("option, value", WRONG)
 def test_a_number_out_of_range_is_refused_at_once_with_the_range(tmp_path, option, value):
     low, high = dataset.LIMITS[option]
     with pytest.raises(ValueError, match=f"whole number from {low:,} to {high:,}, not {value!r}") as error:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import make_films
+from making import make_films, pair_by_pair
 from scipy.spatial import ConvexHull, KDTree
 
 from mura_demo import (
@@ -302,13 +302,7 @@ def test_plan_keeps_muras_proportions(count, seed):
 def test_stratified_auroc_equals_counting_pairs_of_films_repeated_by_their_weight(films):
     *once, weight = (np.array(column) for column in zip(*films, strict=True))
     label, score, stratum = (np.repeat(column, weight) for column in once)
-    pairs = [
-        (score[i] > score[j]) + 0.5 * (score[i] == score[j])
-        for i in np.flatnonzero(label == 1)
-        for j in np.flatnonzero(label == 0)
-        if stratum[i] == stratum[j]
-    ]
-    expected = np.mean(pairs) if pairs else np.nan
+    expected = pair_by_pair(label, score, stratum)
     assert audit.stratified_auroc(*once, weight[None])[0] == pytest.approx(expected, nan_ok=True)
 
 

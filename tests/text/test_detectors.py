@@ -17,8 +17,6 @@ from mura_course.text import TextBox, boxes, get_detector, rapid, remove_text
 from mura_course.text.strokes import Strokes
 
 STROKES = get_detector("strokes")
-
-
 WORDS = ("L", (20, 40), 0.8), ("R", (200, 300), 0.8), ("12/04/2009", (5, 312), 0.4), ("POST", (190, 14), 0.4)
 
 

@@ -1,13 +1,12 @@
 """models.py: backbones, KN's heads; where weights come from; what is saved."""
 
-import json
 import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from making import flips
+from making import changed, flips
 from torch_tools.tiny import classifier
 
 from mura_course import data, disk, profiles, runs
@@ -128,8 +127,8 @@ def test_models_are_saved_as_safetensors_and_loaded_equal(films, store):
 def test_fault_4_a_flipped_byte_in_a_saved_model_is_noticed(films, store):
     made = a_run(classifier(), films, store)
     file = made.model_file()
-    for changed in flips(file.read_bytes()):
-        file.write_bytes(changed)
+    for content in flips(file.read_bytes()):
+        file.write_bytes(content)
         with pytest.raises(RunError, match="model.safetensors"):
             models.load(made)
 
@@ -145,9 +144,8 @@ def test_fault_4_a_planted_pickle_does_not_run(films, store, tmp_path, monkeypat
     made = a_run(classifier(), films, store)
     content, digest = (tmp_path / "planted").read_bytes(), disk.digest(tmp_path / "planted")
     made.model_file().write_bytes(content)
-    info = json.loads((made.folder / "run.json").read_text())
-    info["files"]["model.safetensors"] = {"bytes": len(content), "sha256": digest}
-    (made.folder / "run.json").write_text(json.dumps(info))
+    forged = {"model.safetensors": {"bytes": len(content), "sha256": digest}}
+    changed(made.folder / "run.json", files=made.info["files"] | forged)
     with pytest.raises(RunError, match="of another model than was asked for"):
         models.load(runs.load(made.folder))
     (tmp_path / "last.ckpt").write_bytes(bytes.fromhex(digest) + content)
