@@ -24,7 +24,7 @@ FORMAT = 2  # part of a key: raise it when what `Batches` makes of an image chan
 
 Extractor: TypeAlias = Any
 """What `extract` wants of a backbone, whichever framework it is made of: it is called with images, float32 as
-its `scale` and `layout` say, and gives features, float32 (len(x), dim), or maps, float32 (len(x), *dim).
+its `scale` and `layout` say, and gives features, float32 (len(x), dim), or maps, of the shape `dim` each.
 
 Its attributes: `name` and `digest` (str) of the architecture and of its weights (`digest_of`); `size` (int or
 None), the side in pixels that it takes, None for any; `dim` (int or tuple of int), how many features it gives
@@ -38,7 +38,7 @@ def digest_of(arrays: Iterable[np.ndarray]) -> str:
 
 
 class FeatureBatches(Batches):
-    """Batches (x, y) with features or maps in place of images: x is float32 (n, dim) or (n, *dim).
+    """Batches (x, y) with features or maps in place of images: x is float32, (n, dim) or (n, ...).
 
     All else is as in `Batches`.
 
