@@ -85,7 +85,7 @@ def test_it_goes_on_after_the_last_epoch_with_all_that_was_known(films, undistur
 
 def test_fault_9_a_damaged_checkpoint_is_one_line_and_it_starts_anew(films, undisturbed, tmp_path, capsys):
     whole, file = (undisturbed[2] / "checkpoint.npz").read_bytes(), tmp_path / "checkpoint.npz"
-    flipped = list(flips(whole, 30))
+    flipped = list(flips(whole))
     for content in (b"", b"{}", whole[:99], whole[: len(whole) // 2], whole[:-1], *flipped):
         file.write_bytes(content)
         done = training.Checkpoint(tiny_model(), tmp_path, [], None).restore(12)
@@ -155,7 +155,8 @@ def test_a_recipe_is_trained_once_and_its_model_is_the_whole_network(tiny, films
     assert [layer.name for layer in model.layers] == ["Input", "Scale", "ResNet50", "Head"]
     found = training.predict(model, sets_of(films, 32, scale="0..255")["test"]).set_index("path")
     expected = first.predictions.set_index("path")["probability"]
-    np.testing.assert_allclose(found.loc[expected.index, "probability"], expected, atol=1e-3)
+    far = 1e-3 if frozen == "conv" else 1e-4  # cached maps are float16
+    np.testing.assert_allclose(found.loc[expected.index, "probability"], expected, atol=far)
     report = metrics.image_report(first.predictions, samples=20)
     assert report.loc["OVERALL", ("n", "")] == 8 and report.attrs["weights"] == "random"
 
