@@ -45,6 +45,7 @@ class Book:
                 (top / path).mkdir()
         (top / "book/01.ipynb").write_text("{}")
         monkeypatch.setattr(build_book, "TOP", top)
+        monkeypatch.setattr(build_book, "execute_ahead", lambda notebooks, folder: [])
         monkeypatch.setattr(build_book.subprocess, "run", self._jupyter_book)
 
     def build(self, profile: str = "demo", key: str = "a profile, a package, data"):
@@ -276,6 +277,33 @@ def test_plain_jupyter_book_shows_no_results_of_another_profile_package_or_data_
         assert f"shown: {profile}" in page
         executions.append(len((tiny_book / "executed").read_text().split()))
     assert executions == [1, 2, 3, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_notebooks_at_a_time_are_executed_ahead_and_a_failed_one_is_not_kept(tmp_path, monkeypatch):
+    """The first two wait until both have begun; the third fails until a file exists."""
+    meet = "import os, time\nopen('{}', 'a').write('x')\nwhile not os.path.exists('{}'): time.sleep(0.05)"
+    codes = {"a": meet.format("A", "B"), "b": meet.format("B", "A"), "c": "assert open('C')"}
+    for name, code in codes.items():
+        show = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ['MPLBACKEND'])"
+        cells = [nbformat.v4.new_code_cell(source) for source in (code, show)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    monkeypatch.setattr(build_book, "has_gpu", lambda: False)
+    monkeypatch.setattr(build_book.os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebooks, folder = sorted(tmp_path.glob("*.ipynb")), tmp_path / "cache"
+    before = dict(os.environ)
+    assert build_book.execute_ahead(notebooks, folder) == ["a", "b"]
+    (tmp_path / "C").touch()
+    assert build_book.execute_ahead(notebooks, folder) == ["c"]
+    assert build_book.execute_ahead(notebooks, folder) == []
+    assert dict(os.environ) == before
+    assert (tmp_path / "A").read_text() == "x"
+    cache = build_book.get_cache(str(folder))
+    said = {Path(r.uri).stem: cache.get_cache_bundle(r.pk).nb for r in cache.list_cache_records()}
+    shown = {name: notebook.cells[1].outputs[0].text.split() for name, notebook in said.items()}
+    inline = "module://matplotlib_inline.backend_inline"
+    assert shown == {"a": ["2", inline], "b": ["2", inline], "c": ["None", inline]}
 
 
 # --- The extensions --------------------------------------------------------------------------------
