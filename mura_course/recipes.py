@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import TrainingError, one_of
+from .profiles import Profile
 
 TARGETS = ("label", "body_part", "both")
 KNOWN = {"target": TARGETS, "optimizer": ("adam", "adamw"), "schedule": (None, "one_cycle")}
@@ -129,6 +130,30 @@ class Recipe:
         """Make a recipe of what `config` returned, also after JSON made lists of its tuples."""
         stages = tuple(Stage(**_tuples(stage)) for stage in config["stages"])
         return cls(**_tuples(config | {"stages": stages}))
+
+
+def whole_network(profile: Profile, backbone: str = "EfficientNetLite0", seed: int = 0) -> Recipe:
+    """Describe how the book trains all weights of a network at once, on label and body part (chapter 7).
+
+    Parameters
+    ----------
+    profile : Profile
+        Sizes, epochs and the learning rate, the highest of one cycle of AdamW.
+    backbone : str
+        A key of `torch_tools.models.BACKBONES`.
+    seed : int
+
+    Returns
+    -------
+    Recipe
+        For `torch_tools.training.train`; films are flipped and turned by up to 15 degrees.
+    """
+    cycle: Any = {"optimizer": "adamw", "weight_decay": 0.05, "schedule": "one_cycle"}
+    rate, epochs = profile.whole_learning_rate, profile.whole_epochs
+    stage = Stage(frozen=False, target="both", learning_rate=rate, epochs=epochs, **cycle)
+    size = profile.image_size_resnet18 if backbone == "ResNet18" else profile.image_size_whole
+    options: Any = {"batch_size": profile.torch_batch_size, "fraction": profile.finetune_fraction}
+    return Recipe(backbone=backbone, size=size, stages=(stage,), augment="flip15", seed=seed, **options)
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
