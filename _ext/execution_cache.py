@@ -3,7 +3,8 @@
 Jupyter Book looks for a notebook's earlier execution by the notebook's code alone. Here every build, whoever
 calls it, takes a cache folder named by everything else that the results depend on: profile, package,
 libraries, data, recorded runs. A changed folder makes Sphinx read all pages anew. Renders demo data where
-there are none.
+there are none. The page of results depends on the reader's finished runs, too. It takes seconds, so it is
+read and executed (`execution_mode` in its metadata) in every build, after the chapters, which sort first.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ PACKAGES = ("mura_course", "mura_demo")
 EXTRAS = ("", "keras", "torch", "text", "keras-ocr")  # those whose libraries chapters run on
 KEPT = 4  # caches of as many profiles, data sets or versions of the package stay
 FOLDER = ".jupyter_cache"
+RESULTS = "book/results"
 
 
 def setup(app) -> dict[str, Any]:
     """Register the handler. Sphinx compares the settings with those of the last build after this event."""
     app.connect("config-inited", choose_cache)
+    app.connect("env-get-outdated", lambda *_: [RESULTS])  # to be read anew, if the book has it
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -59,6 +62,14 @@ def execution_key() -> str:
     values.append(f"recorded runs ignored: {os.environ.get('MURA_RUNS') == 'new'}")
     recorded = sorted(paths.recorded_runs().glob(f"*/{profile.name}/[!.]*/run.json"))
     return digest([*folders, *recorded], *values)[:16]
+
+
+def finished_runs() -> list[str]:
+    """Name the finished runs, the reader's own and the recorded ones."""
+    from mura_course import runs
+
+    table = runs.list_runs()
+    return sorted(table.loc[table["state"].eq("finished"), "run"] + table["finished"])
 
 
 def library_versions() -> list[str]:

@@ -210,6 +210,32 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
     return pd.json_normalize(rows).reindex(columns=[*shown, *scores]).rename(columns=scores)
 
 
+def finished(index: pd.DataFrame, profile: profiles.Profile) -> list[Run]:
+    """Load all finished runs on these data in this profile, for the page of results.
+
+    Parameters
+    ----------
+    index, profile
+        As for `fit_or_load`.
+
+    Returns
+    -------
+    list of Run
+        The reader's own runs, then the recorded ones (not with ``MURA_RUNS=new``), each by name. One that
+        exists twice is the reader's own, as in `fit_or_load`.
+
+    Raises
+    ------
+    DiskError, RunError
+        A run is damaged.
+    """
+    identity = _identity("any", {}, index, profile, "random")
+    roots = [_root(None)] + [paths.recorded_runs()] * (os.environ.get(VARIABLE) != "new")
+    folders = [_folder(identity, root).parent for root in roots]
+    found = {file.parent.name: file.parent for f in folders[::-1] for file in f.glob("[!.]*/run.json")}
+    return [load(folder) for folder in sorted(found.values(), key=lambda run: (_is_recorded(run), run.name))]
+
+
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{"config.stages.0.epochs": (its value in a, in b)}, of all that differs."""
     a, b = _flat(a), _flat(b)

@@ -36,7 +36,7 @@ class Book:
     """A small repository, and in place of Jupyter Book a function that counts and leaves what it would."""
 
     def __init__(self, top: Path, monkeypatch) -> None:
-        self.top, self.calls, self.broken, self.code = top, 0, set(), 0
+        self.top, self.calls, self.broken, self.code, self.runs = top, 0, set(), 0, []
         for path in build_book.PAGE_SOURCES:
             (top / path).parent.mkdir(parents=True, exist_ok=True)
             if "." in Path(path).name:
@@ -46,6 +46,7 @@ class Book:
         (top / "book/01.ipynb").write_text("{}")
         monkeypatch.setattr(build_book, "TOP", top)
         monkeypatch.setattr(build_book, "execute_ahead", lambda notebooks, folder: [])
+        monkeypatch.setattr(build_book, "finished_runs", lambda: self.runs)
         monkeypatch.setattr(build_book.subprocess, "run", self._jupyter_book)
 
     def build(self, profile: str = "demo", key: str = "a profile, a package, data"):
@@ -108,6 +109,23 @@ def test_what_results_depend_on_is_asked_for_at_every_build(book):
     book.build(key="another package")
     assert book.calls == 2
     assert book.left_over == [".jupyter_cache"]
+
+
+def test_a_run_finished_elsewhere_renders_anew_and_one_of_the_build_itself_does_not(book, monkeypatch):
+    monkeypatch.setattr(build_book, "execute_ahead", lambda *_: book.runs.append("of a chapter") or [])
+    for calls, run in ((1, None), (1, None), (2, "trained elsewhere"), (2, None)):
+        book.runs += [run] if run else []
+        assert book.build() == []
+        assert book.calls == calls
+
+
+def test_speed_and_results_are_not_executed_beside_the_chapters(book, monkeypatch):
+    for name in ("04_input_pipelines", "results"):
+        (book.top / f"book/{name}.ipynb").write_text("{}")
+    ahead = []
+    monkeypatch.setattr(build_book, "execute_ahead", lambda notebooks, folder: ahead.extend(notebooks) or [])
+    book.build()
+    assert [path.stem for path in ahead] == ["01"]
 
 
 def test_each_profile_has_a_folder_of_its_own(book):
@@ -246,13 +264,16 @@ def test_a_build_without_data_says_what_is_wrong(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_book(tmp_path):
-    """A book of one page, whose only cell prints the profile and leaves a line in a file `executed`."""
+    """A page, and one of results: their only cell prints the profile and leaves a line in `executed`."""
     top = tmp_path / "tiny"
     top.mkdir()
     code = "import os\nprint('shown:', os.environ['MURA_PROFILE'])\nprint('once', file=open('executed', 'a'))"
     cells = [nbformat.v4.new_markdown_cell("# A page"), nbformat.v4.new_code_cell(code)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), top / "page.ipynb")
-    (top / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    (top / "book").mkdir()
+    always = {"mystnb": {"execution_mode": "force"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=always), top / "book/results.ipynb")
+    (top / "_toc.yml").write_text("format: jb-book\nroot: page\nchapters:\n- file: book/results\n")
     (top / "_config.yml").write_text(
         "title: tiny\nonly_build_toc_files: true\nexecute: {execute_notebooks: cache}\n"
         f"sphinx: {{local_extensions: {{execution_cache: {TOP / '_ext'}}}}}\n"
@@ -277,6 +298,7 @@ def test_plain_jupyter_book_shows_no_results_of_another_profile_package_or_data_
         assert f"shown: {profile}" in page
         executions.append(len((tiny_book / "executed").read_text().split()))
     assert executions == [1, 2, 3, 3, 4]
+    assert (tiny_book / "book/executed").read_text().split() == ["once"] * 5
 
 
 @pytest.mark.slow
@@ -291,6 +313,7 @@ def test_two_notebooks_at_a_time_are_executed_ahead_and_a_failed_one_is_not_kept
     monkeypatch.setattr(build_book, "has_gpu", lambda: False)
     monkeypatch.setattr(build_book.os, "cpu_count", lambda: 4)
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     notebooks, folder = sorted(tmp_path.glob("*.ipynb")), tmp_path / "cache"
     before = dict(os.environ)
     assert build_book.execute_ahead(notebooks, folder) == ["a", "b"]

@@ -180,6 +180,17 @@ def test_names_no_path_of_one_machine(path):
     assert re.findall(r"/home/\w+|/Users/\w+|/root/|[A-Z]:\\\\", text) == []
 
 
+def test_the_results_are_executed_in_every_build_and_know_whose_the_recorded_runs_are():
+    notebook = read(TOP / "book/results.ipynb")
+    assert notebook["metadata"]["mystnb"] == {"execution_mode": "force"}
+    (cell,) = [source(cell) for cell in code_cells(notebook) if source(cell).startswith("CHAPTERS = ")]
+    chapters = ast.literal_eval(ast.parse(cell).body[0].value)
+    assert set(chapters) <= {path.stem for path in NUMBERED}
+    names = [json.loads(file.read_text())["name"] for file in TOP.glob("book/_runs/*/*/*/run.json")]
+    owners = {name: [chapter for chapter, runs in chapters.items() if re.match(runs, name)] for name in names}
+    assert names and {name: found for name, found in owners.items() if len(found) != 1} == {}
+
+
 def test_labels_are_unique_in_the_whole_book():
     """Sphinx has one namespace for the exercises, figures and sections of all pages."""
     found = []

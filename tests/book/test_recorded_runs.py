@@ -224,6 +224,23 @@ def test_what_a_statement_makes_and_needs(script):
         assert script.module.names(source) == (made, used)
 
 
+def test_the_page_of_results_finds_every_run_of_its_data_and_profile_once(recording, monkeypatch):
+    split, profile = make_index(patients=40), profiles.get("smoke")
+    assert runs.finished(split, profile) == []
+    make(name="b", index=split), make(name="a", index=split)
+    make(name="of_other_data")
+    runs.fit_or_load("of_another_profile", CONFIG, fitted, split, profiles.get("demo"), record="scores")
+    recording("new")
+    make(name="b", index=split), make(name="c", index=split)
+    assert [run.info["name"] for run in runs.finished(split, profile)] == ["b", "c"]
+    recording("")
+    found = runs.finished(split, profile)
+    assert [(run.info["name"], run.recorded) for run in found] == [("b", False), ("c", False), ("a", True)]
+    (found[0].folder / "history.csv").write_text("changed")
+    with pytest.raises(RunError, match="history.csv"):
+        runs.finished(split, profile)
+
+
 # --- mura-course runs verify ------------------------------------------------------------------------------
 
 
