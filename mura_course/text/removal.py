@@ -1,7 +1,7 @@
 """Room text: removes text from one film or from a whole data set; on top of all detectors. Chapter 2, KL 1.2.
 
 `remove_text` takes an image and returns another. `clean_dataset`, the command ``mura-course remove-text``,
-reads one data folder and writes another, never the same. `scores` measures how well text was removed.
+reads one data folder and writes another, never the same.
 """
 
 import contextlib
