@@ -123,13 +123,3 @@ class Recipe:
     def config(self) -> dict[str, Any]:
         """Return the recipe as plain values, for `runs.fit_or_load`."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Recipe:
-        """Make a recipe of what `config` returned, also after JSON made lists of its tuples."""
-        stages = tuple(Stage(**_tuples(stage)) for stage in config["stages"])
-        return cls(**_tuples(config | {"stages": stages}))
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

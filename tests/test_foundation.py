@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import json
 import os
 import subprocess
 import sys
@@ -145,8 +144,6 @@ def test_a_recipe_is_plain_values_and_refuses_what_cannot_be_trained():
     recipe = Recipe(backbone="ResNet18", size=64, stages=(Stage(learning_rate=1e-3, epochs=2),))
     config = recipe.config()
     assert config["stages"][0]["head"] == () and config["parts"] is None
-    two = replace(recipe, parts=("HAND",), stages=(*recipe.stages, replace(recipe.stages[0], head=None)))
-    assert all(Recipe.from_config(json.loads(json.dumps(r.config()))) == r for r in (recipe, two))
     stage = {"learning_rate": 1e-3, "epochs": 1}
     for wrong, message in (
         (lambda: Stage(**stage, steps=1), "epochs or some steps"),
