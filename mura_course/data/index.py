@@ -74,7 +74,7 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
     if named := os.environ.get("MURA_DATA", "").strip():
         return _root_below(paths.absolute(named), "the environment variable MURA_DATA")
     for mount in (folder for pattern in MOUNTS for folder in sorted(Path("/").glob(pattern))):
-        if found := _candidates(mount):
+        if found := data_folders(mount):
             return found[0]
     import mura_demo  # the renderer, needed only here
 
@@ -86,7 +86,7 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
 
 
 def _root_below(folder: Path, source: str) -> Path:
-    found = _candidates(folder)
+    found = data_folders(folder)
     if not found:
         problem = "is a file" if folder.is_file() else "holds no data in MURA's layout"
         problem = problem if folder.exists() else "does not exist"
@@ -96,7 +96,7 @@ def _root_below(folder: Path, source: str) -> Path:
     return found[0]
 
 
-def _candidates(folder: Path) -> list[Path]:
+def data_folders(folder: Path) -> list[Path]:
     """Return the data folders at the shallowest level that has any: unpacking often nests one in another."""
     level = [folder]
     for _ in range(3):
