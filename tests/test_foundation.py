@@ -116,13 +116,15 @@ def test_the_environment_chooses_the_profile_then_the_data_and_unknown_names_are
         assert profiles.current(index).name == expected
     # Unknown profiles and settings are answered with what exists.
     monkeypatch.setenv("MURA_PROFILE", "fast")
-    with pytest.raises(errors.ProfileError, match="'fast'.*MURA_PROFILE.*smoke, demo, full"):
+    with pytest.raises(
+        errors.ProfileError, match="MURA_PROFILE must be .* 'full', not 'fast'"
+    ):
         profiles.current()
     demo = profiles.get("demo")
     for wrong in (lambda: demo.cnn_epoch, lambda: demo.replace(cnn_epoch=1)):
-        with pytest.raises(errors.ProfileError, match="'cnn_epoch'.*table"):
+        with pytest.raises((AttributeError, TypeError), match="'cnn_epoch'"):
             wrong()
-    with pytest.raises(AttributeError, match=r"replace\(cnn_epochs=1\)"):
+    with pytest.raises(AttributeError, match="cannot assign to field 'cnn_epochs'"):
         demo.cnn_epochs = 1
     assert demo.replace(cnn_epochs=1).cnn_epochs == 1 != demo.cnn_epochs
     assert demo.replace() == demo == profiles.get("demo") != profiles.get("full")
