@@ -116,9 +116,7 @@ def test_the_environment_chooses_the_profile_then_the_data_and_unknown_names_are
         assert profiles.current(index).name == expected
     # Unknown profiles and settings are answered with what exists.
     monkeypatch.setenv("MURA_PROFILE", "fast")
-    with pytest.raises(
-        errors.ProfileError, match="MURA_PROFILE must be .* 'full', not 'fast'"
-    ):
+    with pytest.raises(errors.ProfileError, match="MURA_PROFILE must be .* 'full', not 'fast'"):
         profiles.current()
     demo = profiles.get("demo")
     for wrong in (lambda: demo.cnn_epoch, lambda: demo.replace(cnn_epoch=1)):
