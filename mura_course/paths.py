@@ -4,7 +4,6 @@ Writes nothing but the cache folder itself. The setup chapter explains `MURA_CAC
 """
 
 import os
-import tempfile
 from pathlib import Path
 
 from platformdirs import user_cache_dir
@@ -23,16 +22,14 @@ def cache_dir() -> Path:
     Raises
     ------
     DiskError
-        The folder cannot be created or written to.
+        The folder cannot be created.
     """
     chosen = os.environ.get("MURA_CACHE", "").strip()
     folder = absolute(chosen or user_cache_dir("mura-course"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as error:
-        what = f"The cache folder {folder} cannot be written to ({error.strerror})"
+        what = f"The cache folder {folder} cannot be made ({error.strerror})"
         raise DiskError(f"{what}. Set the environment variable MURA_CACHE to another one.") from error
     return folder
 

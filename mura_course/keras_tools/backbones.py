@@ -190,14 +190,12 @@ def extractor(
     Raises
     ------
     ModelError
-        No such backbone or weights, or images too small.
+        No such backbone or weights.
     WeightsError
         As `weights_file`.
     """
     known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
     size = size or known.side
-    if size < 32:
-        raise ModelError(f"{name} halves its images five times: they need 32 pixels or more, not {size}.")
     one_of("weights", weights, ("imagenet", "random"), ModelError)
     file = str(weights_file(name)) if weights == "imagenet" else None
     inputs = keras.Input((size, size, 3), name="Input")
