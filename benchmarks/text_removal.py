@@ -4,7 +4,7 @@
 
 Test films with their truth, counted by the chapter's own cells; the detectors of `mura_course.text`, and
 beside them what a user would do without this package: RapidOCR with its defaults, its boxes filled as KL
-1.2's recipe does. keras-ocr runs where its weights are in its folder; it downloads nothing here. Seconds
+1.2's recipe does. keras-ocr runs where it is installed and has or gets its weights. Seconds
 include finding and inpainting, in one process, with so many threads; other load makes them worthless. Writes
 `benchmarks/results/text_removal.csv`.
 """
@@ -20,8 +20,9 @@ import pandas as pd
 
 import mura_demo
 from mura_course import data, text
+from mura_course.errors import MuraError
 from mura_course.paths import cache_dir
-from mura_course.text import boxes, craft
+from mura_course.text import boxes
 
 RESULTS = Path(__file__).parent / "results" / "text_removal.csv"
 CHAPTER = Path(__file__).parents[1] / "book" / "02_removing_text.ipynb"
@@ -56,8 +57,10 @@ def detectors(threads: int) -> dict:
     """Those that can run here, by the name that the table gives them."""
     found = {name: text.get_detector(name, threads) for name in ("strokes", "rapidocr")}
     found["rapidocr, all boxes filled"] = PlainRapidOCR(threads)
-    if craft.weights_file().is_file():
+    try:
         found["keras-ocr, all boxes filled"] = text.get_detector("keras-ocr")
+    except MuraError as error:
+        print(f"Without keras-ocr: {error}")
     return found
 
 

@@ -202,23 +202,24 @@ def test_what_cannot_be_downloaded_is_asked_for_once_and_the_remedy_named(server
     address, asked = server
     for _ in range(2):
         with pytest.raises(errors.WeightsError, match=rf"model\.h5.*By hand: download {address}/{page}.*MD5"):
-            weights.retrieve(f"{address}/{page}", tmp_path / "model.h5", "c136", "md5")
+            weights.retrieve(f"{address}/{page}", tmp_path / "model.h5", 32 * "c")
     assert len(asked) == 1 and not (tmp_path / "model.h5").exists()
 
 
 def test_no_connection_random_weights_are_said_and_full_stops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(weights, "_failed", {})
-
-    def file(name):
-        return weights.retrieve("http://127.0.0.1:9/none", tmp_path / "model.h5", SHA256)
-
-    assert weights.find("ResNet50", profiles.get("demo"), file) == "random"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    known = ("http://127.0.0.1:9/model.pth", SHA256, weights.TORCH)
+    monkeypatch.setitem(weights.PUBLISHED, "ResNet18", known)
+    assert weights.find("ResNet18", profiles.get("demo")) == "random"
     said = capsys.readouterr().out
-    assert "ResNet50 starts from RANDOM weights" in said and "By hand" in said and "written" not in said
+    assert "ResNet18 starts from RANDOM weights" in said and "By hand" in said and "written" not in said
     with pytest.raises(errors.WeightsError):
-        weights.find("ResNet50", profiles.get("full"), file)
-    (tmp_path / "model.h5").write_bytes(CONTENT)
-    assert weights.find("ResNet50", profiles.get("full"), file) == "imagenet"
+        weights.find("ResNet18", profiles.get("full"))
+    (tmp_path / "hub/checkpoints/model.pth").write_bytes(CONTENT)
+    assert weights.find("ResNet18", profiles.get("full")) == "imagenet"
+    with pytest.raises(errors.ModelError, match="one of 'DenseNet201', .*not 'VGG16'"):
+        weights.find("VGG16", profiles.get("demo"))
 
 
 @pytest.mark.parametrize("name", weights.LITE)

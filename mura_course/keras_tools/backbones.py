@@ -8,12 +8,10 @@ Writes into Keras's folder of models.
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
@@ -38,16 +36,11 @@ class Backbone(NamedTuple):
         The scale that it was trained on, as a mode of Keras's `preprocess_input`.
     side : int
         Of the report's images in pixels (KL 1.5.1).
-    url, digest : str
-        Where Keras publishes its ImageNet weights without the top, and their MD5. Empty where a package
-        brings the weights.
     """
 
     build: Callable[..., keras.Model]
     mode: str
     side: int
-    url: str = ""
-    digest: str = ""
 
 
 # Of the seven stages of the EfficientNet paper's Table 1 (arXiv 1905.11946)
@@ -64,7 +57,7 @@ def efficientnet_lite0(
     Parameters
     ----------
     weights : str, optional
-        A file that `weights_file` returned; None: random ones.
+        A file that `weights.file` returned; None: random ones.
     input_shape : tuple
         Height, width and 3 channels; the input is float32 ``(batch, *input_shape)`` in -1..1.
     pooling : {"max"}, optional
@@ -125,14 +118,11 @@ def _fill_from_pytorch(model: keras.Model, file: str) -> None:
             layer.set_weights([next(source).transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))])
 
 
-KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
-DENSENET = f"{KERAS}/densenet/densenet201_weights_tf_dim_ordering_tf_kernels_notop.h5"
-RESNET = f"{KERAS}/resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 densenet201 = partial(keras.applications.DenseNet201, include_top=False)
 resnet50 = partial(keras.applications.ResNet50, include_top=False)
 BACKBONES = {
-    "DenseNet201": Backbone(densenet201, "torch", 224, DENSENET, "c13680b51ded0fb44dff2d8f86ac8bb1"),
-    "ResNet50": Backbone(resnet50, "caffe", 256, RESNET, "4d473c1dd8becc155b73f8504c6f6626"),
+    "DenseNet201": Backbone(densenet201, "torch", 224),
+    "ResNet50": Backbone(resnet50, "caffe", 256),
     "EfficientNetLite0": Backbone(efficientnet_lite0, "tf", 224),
 }
 """By name: the report's two backbones (KL Table 2), and the one whose weights need no download."""
@@ -192,12 +182,12 @@ def extractor(
     ModelError
         No such backbone or weights.
     WeightsError
-        As `weights_file`.
+        As `weights.file`.
     """
     known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
     size = size or known.side
     one_of("weights", weights, ("imagenet", "random"), ModelError)
-    file = str(weights_file(name)) if weights == "imagenet" else None
+    file = str(imagenet.file(name)) if weights == "imagenet" else None
     inputs = keras.Input((size, size, 3), name="Input")
     base = known.build(weights=file, input_shape=(size, size, 3), pooling="max", name=name)
     set_trainable(base, trainable, batchnorm=weights == "random")
@@ -282,26 +272,9 @@ def divide(model: keras.Model, block: str, batchnorm: bool = False) -> tuple[ker
     return trunk, top
 
 
-def weights_file(name: str) -> Path:
-    """Find the file with the ImageNet weights of a backbone, downloaded if need be.
-
-    Raises
-    ------
-    ModelError
-        No such backbone.
-    WeightsError
-        It cannot be found or downloaded; the message says how to place it by hand.
-    """
-    known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
-    if not known.url:
-        return imagenet.lite_file(name)
-    folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
-    return imagenet.retrieve(known.url, folder / known.url.rpartition("/")[2], known.digest, "md5")
-
-
-find_weights = partial(imagenet.find, weights_file=weights_file)
-"""(name, profile) -> "imagenet" or "random", with a note, as `mura_course.weights.find`: what `extractor` and
-`training.train` take as `weights`, and what a run records."""
+find_weights = imagenet.find
+"""(name, profile) -> "imagenet" or "random", with a note: what `extractor` and `training.train` take as
+`weights`, and what a run records."""
 
 
 # In a process of its own: PyTorch and TensorFlow in one process can crash, depending on who comes first.

@@ -39,9 +39,12 @@ def test_the_scale_is_keras_own_also_after_saving(name, module):
 
 def test_the_weights_are_the_files_that_keras_itself_would_load():
     for name, module in (("DenseNet201", "densenet"), ("ResNet50", "resnet")):
-        source, known = pytest.importorskip(f"keras.src.applications.{module}"), backbones.BACKBONES[name]
-        assert known.digest in Path(source.__file__).read_text()
-        assert known.url.startswith(source.BASE_WEIGHTS_PATH) and f"/{name.lower()}_weights" in known.url
+        source, (url, digest, _) = (
+            pytest.importorskip(f"keras.src.applications.{module}"),
+            weights.PUBLISHED[name],
+        )
+        assert digest in Path(source.__file__).read_text()
+        assert url.startswith(source.BASE_WEIGHTS_PATH) and f"/{name.lower()}_weights" in url
 
 
 def test_resnet50_is_the_reports():
@@ -113,7 +116,7 @@ def test_the_twin_equals_its_pytorch_original(tmp_path):
     file, x = tmp_path / "x.npy", np.random.default_rng(0).uniform(-1, 1, (2, 96, 96, 3)).astype("float32")
     np.save(file, x)
     subprocess.run([sys.executable, "-c", PYTORCH, str(file)], check=True, timeout=300)
-    original, own = np.load(file), str(backbones.weights_file("EfficientNetLite0"))
+    original, own = np.load(file), str(weights.file("EfficientNetLite0"))
     twin = backbones.efficientnet_lite0(weights=own, input_shape=(96, 96, 3), pooling=None)
     assert original.shape == (2, 3, 3, 1280) and original.std() > 0.1
     np.testing.assert_allclose(twin(x), original, atol=1e-4)
@@ -134,8 +137,7 @@ def test_keras_weights_lie_in_keras_folder_and_the_error_names_it(monkeypatch, t
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(weights, "_failed", {})
     url, digest = "http://127.0.0.1:9/resnet.h5", hashlib.md5(b"the weights").hexdigest()
-    known = backbones.BACKBONES["ResNet50"]._replace(url=url, digest=digest)
-    monkeypatch.setitem(backbones.BACKBONES, "ResNet50", known)
+    monkeypatch.setitem(weights.PUBLISHED, "ResNet50", (url, digest, weights.KERAS))
     with pytest.raises(WeightsError, match=f"{url}.*{digest}.*{tmp_path / 'models'}"):
         backbones.find_weights("ResNet50", FULL)
     (tmp_path / "models" / "resnet.h5").write_bytes(b"the weights")  # by hand, in the same session
