@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from .. import disk, paths, profiles
-from ..errors import DataError, DataNotFoundError, DiskError, printable
+from ..errors import DataError, DataNotFoundError, printable
 
 BODY_PARTS = ("ELBOW", "FINGER", "FOREARM", "HAND", "HUMERUS", "SHOULDER", "WRIST")
 COLUMNS = ("path", "split", "body_part", "patient", "study", "view", "label")
@@ -65,9 +65,9 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
     DataNotFoundError
         A folder that was named holds no data.
     DataError
-        It holds several data sets, or the demo data cannot be rendered.
-    DiskError
-        The disk refuses the demo data.
+        It holds several data sets.
+    OSError, ValueError
+        The demo data cannot be rendered or written; the message says why.
     """
     if root is not None:
         return _root_below(paths.absolute(root), "the folder asked for")
@@ -78,11 +78,7 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
             return found[0]
     import mura_demo  # the renderer, needed only here
 
-    cache, studies = paths.cache_dir(), profiles.current().demo_studies
-    try:
-        return mura_demo.ensure_demo(cache, studies)
-    except (OSError, ValueError) as error:
-        raise (DiskError if isinstance(error, OSError) else DataError)(str(error)) from error
+    return mura_demo.ensure_demo(paths.cache_dir(), profiles.current().demo_studies)
 
 
 def _root_below(folder: Path, source: str) -> Path:
