@@ -49,7 +49,7 @@ class PlainRapidOCR:
     def __call__(self, image: np.ndarray) -> text.Found:
         result = self._engine(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR), use_cls=False, use_rec=False)
         corners = [] if result.boxes is None else result.boxes
-        found = [text.TextBox(np.float32(c), source="rapidocr") for c in corners]
+        found = [np.float32(four) for four in corners]
         return text.Found(found, boxes.line_mask(found, image.shape))
 
 

@@ -1,7 +1,7 @@
 """ImageNet weights for both frameworks: files found or downloaded, and what happens where there are none.
 
-Imports no deep-learning framework. Writes where Keras, torch or keras-ocr keep their weights. Chapters 5 and 7
-explain what the weights bring.
+Imports no deep-learning framework. Writes where Keras, torch or keras-ocr keep their weights. Chapters 5 and
+7 explain what the weights bring.
 """
 
 import importlib.util

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import weights
 from ..errors import TextError
-from .boxes import Found, TextBox, grey, line_mask
+from .boxes import Found, grey, line_mask
 
 GUARD = 'In a script, load no TensorFlow outside `if __name__ == "__main__":`, and call this inside it.'
 
@@ -53,10 +53,9 @@ class KerasOCR:
         """Find text in `image`, uint8 (H, W) or (H, W, 3) RGB."""
         film = grey(image)
         try:
-            corners = self._process.submit(_detect, self._weights, film).result()
+            boxes = self._process.submit(_detect, self._weights, film).result()
         except Exception as error:  # whatever a library raised there, or that the process died
             raise TextError(f"keras-ocr failed ({type(error).__name__}): {error} {GUARD}") from error
-        boxes = [TextBox(four, source=self.name) for four in corners]
         return Found(boxes, line_mask(boxes, film.shape))
 
 

@@ -6,9 +6,9 @@ Writes only where torch keeps downloaded weights, and where `runs` asks for a mo
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,8 +83,7 @@ def _lite(name: str) -> nn.Sequential:
 
 _LAYERS = ("layer1", "layer2", "layer3", "layer4")
 BACKBONES = {"ResNet18": Backbone(_resnet18, 512, "imagenet", _LAYERS)} | {
-    name: Backbone(functools.partial(_lite, name), 1280, "-1..1", (*_LAYERS, "last"))
-    for name in imagenet.LITE
+    lite: Backbone(partial(_lite, lite), 1280, "-1..1", (*_LAYERS, "last")) for lite in imagenet.LITE
 }
 """By name: the report's backbone (KN 2.2), and three whose weights need no download."""
 
@@ -289,7 +288,7 @@ def classifier(
     return ImageClassifier(name, backbone(name, weights), head, outputs, frozen)
 
 
-resnet18 = functools.partial(classifier, "ResNet18")
+resnet18 = partial(classifier, "ResNet18")
 """KN's model: ResNet18 without its top and a new head, for images of 256 x 256 px (KN 2.1, 2.2)."""
 
 
