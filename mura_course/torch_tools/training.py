@@ -1,7 +1,7 @@
 """Training with Lightning: a model, its batches and a `Stage`; whole recipes as runs (room: torch_tools).
 
 Writes below the working folder that it is given; first stages that several recipes share lie below
-``<cache folder>/stages``. Chapter 7 writes the same training step out in plain PyTorch, chapter 8
+``<cache folder>/first_stages``. Chapter 7 writes the same training step out in plain PyTorch, chapter 8
 trains in stages.
 """
 
@@ -327,7 +327,7 @@ def _folder(recipe: Recipe, number: int, films: pd.DataFrame, weights: str, work
         return workdir
     begun = recipe.config() | {"stages": recipe.config()["stages"][:number]}
     key = json.dumps([weights, begun, data.fingerprint(films), torch.__version__], sort_keys=True)
-    return disk.workdir(paths.cache_dir() / "stages" / hashlib.sha256(key.encode()).hexdigest()[:16])
+    return disk.workdir(paths.cache_dir() / "first_stages" / hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
 def train(
