@@ -44,8 +44,6 @@ PUBLISHED = {
 """By name: where Keras, torchvision or keras-ocr publish the weights, what the file's hash begins with (MD5
 where it has 32 digits, else SHA-256), and where the library keeps the file."""
 
-_failed: dict[str, str] = {}  # by URL: why the download failed, so that one process asks once
-
 
 def find(name: str, profile: Profile) -> str:
     """Say whether a backbone starts from ImageNet's weights or from random ones; never silently random.
@@ -135,12 +133,11 @@ def retrieve(url: str, file: Path, digest: str) -> Path:
     algorithm = "md5" if len(digest) == 32 else "sha256"
     if file.is_file() and disk.digest(file, algorithm).startswith(digest):
         return file
-    if url not in _failed:
-        try:
-            return _download(url, file, digest, algorithm)
-        except (OSError, ValueError) as error:
-            _failed[url] = " ".join(str(error).split())[:200] or type(error).__name__
-    what = f"{file.name} cannot be downloaded ({_failed[url]})"
+    try:
+        return _download(url, file, digest, algorithm)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+    what = f"{file.name} cannot be downloaded ({why})"
     known = f"{algorithm.upper()} begins with {digest}"
     where = f"put the file {file.name} (its {known}) into {paths.short_path(file.parent)}"
     raise WeightsError(f"{what}. By hand: download {url} where there is a connection, and {where}.")

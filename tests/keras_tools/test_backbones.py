@@ -135,7 +135,6 @@ def test_a_file_that_pytorch_cannot_read_is_one_error_with_its_reason(tmp_path):
 
 def test_keras_weights_lie_in_keras_folder_and_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setattr(weights, "_failed", {})
     url, digest = "http://127.0.0.1:9/resnet.h5", hashlib.md5(b"the weights").hexdigest()
     monkeypatch.setitem(weights.PUBLISHED, "ResNet50", (url, digest, weights.KERAS))
     with pytest.raises(WeightsError, match=f"{url}.*{digest}.*{tmp_path / 'models'}"):
