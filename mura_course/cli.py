@@ -107,7 +107,5 @@ def _verify(name: str) -> int:
 
     script = recorded_runs().parents[1] / "scripts" / "make_runs.py"
     if not script.is_file():
-        raise RunError(
-            "The runs can be verified where the book's repository lies: clone it, then `make install`."
-        )
+        raise RunError("Verifying needs the book's repository: clone it, and call the command there.")
     return subprocess.run([sys.executable, script, "--verify", "--only", name]).returncode
