@@ -42,7 +42,7 @@ def choose_cache(app, config) -> None:
     caches = Path(config.nb_execution_cache_path or Path(app.outdir).parent / FOLDER).resolve()
     try:
         cache = caches / execution_key()
-    except MuraError as error:
+    except (MuraError, OSError, ValueError) as error:
         raise ExtensionError(str(error)) from error
     cache.mkdir(parents=True, exist_ok=True)
     os.utime(cache)

@@ -5,16 +5,13 @@ it.
 """
 
 import argparse
-import os
+import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .errors import MuraError, RunError, printable
-
-SECONDS, TOLERANCE = 90, 0.03  # of `runs verify`: the longest training, the largest difference of AUROCs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("a", type=Path, help="folder of a run")
     diff.add_argument("b", type=Path, help="folder of another")
     verify = actions.add_parser("verify", help="train the cheapest recorded runs anew, and compare")
-    verify.add_argument("--name", help="of one recorded run")
+    verify.add_argument("--name", default="", help="of one recorded run")
     verify.set_defaults(run=_verify)
     return parser
 
@@ -104,42 +101,11 @@ def _runs(a: Path | None = None, b: Path | None = None) -> None:
     print(printable(table.to_string()) if len(table) else "Nothing: no runs yet, or no difference.")
 
 
-def _verify(name: str | None) -> int:
-    """Train the cheapest recorded run of each framework anew; return 1 where an AUROC is too far off."""
-    from . import data, paths, profiles, runs
-    from .recipes import Recipe
+def _verify(name: str) -> int:
+    """Let ``scripts/make_runs.py`` train recorded runs anew and compare; its exit code."""
+    from .paths import recorded_runs
 
-    profile = profiles.current(index := data.load_index())
-    split = data.split_dev(index, profile.dev_fraction)
-    same = {"profile": profile.name, "fingerprint": data.fingerprint(split)}
-    cheapest: dict[str, runs.Run] = {}
-    recorded = [runs.load(file.parent) for file in paths.recorded_runs().glob("*/*/[!.]*/run.json")]
-    for run in sorted(recorded, key=lambda run: -run.info["seconds"]):  # the cheapest of each framework last
-        info = run.info
-        fits = same.items() <= info.items() and name in (None, info["name"]) and info["seconds"] <= SECONDS
-        if fits and info["config"].keys() == Recipe.__dataclass_fields__.keys():
-            cheapest["torch" if info["architecture"] else "keras"] = run
-    if not cheapest:
-        raise RunError(f"No recorded run ({name or 'any'}) is of a recipe, these data and up to {SECONDS} s.")
-    off = [_difference(framework, run, split, profile) for framework, run in cheapest.items()]
-    return int(max(off) > TOLERANCE)
-
-
-def _difference(framework: str, run: Any, split: Any, profile: Any) -> float:
-    """Train a recorded run anew in a temporary folder, print how it compares; the difference of AUROCs."""
-    from .recipes import Recipe
-
-    if framework == "keras":
-        from .keras_tools.training import train
-    else:
-        from .torch_tools.training import train
-    print(run.describe(), "Training it anew.", sep="\n", flush=True)
-    with tempfile.TemporaryDirectory() as root:
-        os.environ["MURA_RUNS"] = root
-        recipe = Recipe.from_config(run.info["config"])
-        again = train(run.info["name"], recipe, split, profile, run.info["weights"])
-    old, new = (one.info["metrics"]["test"]["image"]["auroc"]["value"] for one in (run, again))
-    p, q = (one.predictions.set_index("path")["probability"] for one in (run, again))
-    print(f"{framework}: AUROC {old:.3f} recorded, {new:.3f} now (may differ by {TOLERANCE}); probabilities")
-    print(f"differ by {(p - q).abs().mean():.4f} on average. It took {again.info['seconds']:.0f} s.")
-    return abs(new - old)
+    script = recorded_runs().parents[1] / "scripts" / "make_runs.py"
+    if not script.is_file():
+        raise RunError("Verifying needs the book's repository: clone it, and call the command there.")
+    return subprocess.run([sys.executable, script, "--verify", "--only", name]).returncode

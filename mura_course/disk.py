@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,10 +57,7 @@ def atomic(path: Path, variable: str = "MURA_CACHE") -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with named(path, variable):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f".{path.name}.*.part"):  # left by killed processes, one of this number
-            with contextlib.suppress(FileNotFoundError):  # its own process has just renamed it
-                if old == beside or time.time() - old.lstat().st_mtime > 86_400:  # seconds: a day
-                    remove(old)
+        remove(beside)  # left by a killed process of this number
         try:
             yield beside
             beside.replace(path)

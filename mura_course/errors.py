@@ -51,7 +51,7 @@ class PredictionsError(MuraError, ValueError):
 
 
 class ProfileError(MuraError, ValueError):
-    """An unknown profile or setting; the message lists the known ones."""
+    """An unknown profile; the message lists the known ones."""
 
 
 class RunError(MuraError, ValueError):

@@ -1,40 +1,21 @@
-"""Where things lie: cache, recorded runs; how a path is shown to a reader; the cores. Imports only `errors`.
+"""Where things lie: cache, recorded runs; how a path is shown to a reader; the cores.
 
-Writes nothing but the cache folder itself. The setup chapter explains `MURA_CACHE`.
+Imports nothing of the package and writes nothing. The setup chapter explains `MURA_CACHE`.
 """
 
 import os
-import tempfile
 from pathlib import Path
 
 from platformdirs import user_cache_dir
-
-from .errors import DiskError
 
 
 def cache_dir() -> Path:
     """Find the folder for everything that can be made again: ``MURA_CACHE``, else the user's cache folder.
 
-    Returns
-    -------
-    Path
-        Absolute; the folder is created if need be.
-
-    Raises
-    ------
-    DiskError
-        The folder cannot be created or written to.
+    An absolute path; who writes there makes it, and says so where that is impossible.
     """
     chosen = os.environ.get("MURA_CACHE", "").strip()
-    folder = absolute(chosen or user_cache_dir("mura-course"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        what = f"The cache folder {folder} cannot be written to ({error.strerror})"
-        raise DiskError(f"{what}. Set the environment variable MURA_CACHE to another one.") from error
-    return folder
+    return absolute(chosen or user_cache_dir("mura-course"))
 
 
 def recorded_runs() -> Path:

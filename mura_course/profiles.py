@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 import csv
+import dataclasses
 import os
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ProfileError
+from .errors import ProfileError, one_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,53 +22,27 @@ ENVIRONMENT_VARIABLE = "MURA_PROFILE"
 NAMES = ("smoke", "demo", "full")
 
 
-class Profile:
+with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+    ROWS = list(csv.DictReader(file))
+SETTINGS = [row["setting"] for row in ROWS]
+_Values: Any = dataclasses.make_dataclass("_Values", ["name", *SETTINGS], frozen=True)
+
+
+class Profile(_Values):
     """One column of the table: a name and its settings, as attributes that cannot be set.
 
     ``vars(profile)`` is a dictionary of name and settings. `profiles.table` says what each setting means.
     """
 
-    def __init__(self, name: str, **settings: Any) -> None:
-        vars(self).update(settings, name=name)
-
-    def __getattr__(self, setting: str) -> Any:
-        if setting.startswith("__"):  # a protocol of Python's, not a setting
-            raise AttributeError(setting)
-        raise ProfileError(f"There is no setting {setting!r} in profiles.csv. `profiles.table()` lists them.")
-
-    def __setattr__(self, setting: str, value: object) -> None:
-        raise AttributeError(f"A profile cannot be changed: use profile.replace({setting}={value!r}).")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Profile) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def __repr__(self) -> str:
-        return f"<Profile {self.name}>"
-
     def replace(self, **changes: Any) -> Profile:
-        """Return the same profile with other values, for an experiment; ProfileError: no such setting."""
-        for setting in changes:
-            getattr(self, setting)
-        return Profile(**vars(self) | changes)
-
-
-@cache
-def _rows() -> list[dict[str, str]]:
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        """Return the same profile with other values, for an experiment; TypeError: no such setting."""
+        return dataclasses.replace(self, **changes)
 
 
 def get(name: str) -> Profile:
     """Return the profile called `name`; ProfileError, listing the known names, for any other."""
-    key = name.strip().lower()
-    if key not in NAMES:
-        raise ProfileError(
-            f"There is no profile {name!r}. Set {ENVIRONMENT_VARIABLE} to one of: {', '.join(NAMES)}."
-        )
-    return Profile(key, **{row["setting"]: ast.literal_eval(row[key]) for row in _rows()})
+    key = one_of(ENVIRONMENT_VARIABLE, name.strip().lower(), NAMES, ProfileError)
+    return Profile(key, **{row["setting"]: ast.literal_eval(row[key]) for row in ROWS})
 
 
 def current(index: pd.DataFrame | None = None) -> Profile:
@@ -79,19 +53,15 @@ def current(index: pd.DataFrame | None = None) -> Profile:
     index : DataFrame, optional
         What `data.load_index` returns; only its ``attrs["is_demo"]`` is read.
     """
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-    if name:
-        return get(name)
     is_mura = index is not None and not index.attrs.get("is_demo", True)
-    return get("full" if is_mura else "demo")
+    return get(os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or ("full" if is_mura else "demo"))
 
 
 def table() -> pd.DataFrame:
     """Make the table that the setup chapter shows: a row a setting, columns smoke, demo, full and meaning."""
     import pandas as pd
 
-    profiles = {name: get(name) for name in NAMES}
-    index = pd.Index([row["setting"] for row in _rows()], name="setting")
-    columns: dict[str, list] = {n: [getattr(p, s) for s in index] for n, p in profiles.items()}
-    columns["meaning"] = [row["meaning"] for row in _rows()]
-    return pd.DataFrame(columns, index=index, dtype=object)
+    columns: dict[str, Any] = {name: vars(get(name)) for name in NAMES}
+    columns["meaning"] = {row["setting"]: row["meaning"] for row in ROWS}
+    table = pd.DataFrame(columns, index=SETTINGS, dtype=object)
+    return table.rename_axis("setting")

@@ -125,12 +125,6 @@ class Recipe:
         """Return the recipe as plain values, for `runs.fit_or_load`."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Recipe:
-        """Make a recipe of what `config` returned, also after JSON made lists of its tuples."""
-        stages = tuple(Stage(**_tuples(stage)) for stage in config["stages"])
-        return cls(**_tuples(config | {"stages": stages}))
-
 
 def whole_network(profile: Profile, backbone: str = "EfficientNetLite0", seed: int = 0) -> Recipe:
     """Describe how the book trains all weights of a network at once, on label and body part (chapter 7).
@@ -154,7 +148,3 @@ def whole_network(profile: Profile, backbone: str = "EfficientNetLite0", seed: i
     size = profile.image_size_resnet18 if backbone == "ResNet18" else profile.image_size_whole
     options: Any = {"batch_size": profile.torch_batch_size, "fraction": profile.finetune_fraction}
     return Recipe(backbone=backbone, size=size, stages=(stage,), augment="flip15", seed=seed, **options)
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -140,7 +140,7 @@ def fit_or_load(
     Raises
     ------
     RunError
-        A config that is not JSON, a folder of another run, damaged files; with ``MURA_RUNS=record``, a run
+        A folder of another run, damaged files; with ``MURA_RUNS=record``, a run
         that is to be recorded, not there and not named by the regular expression ``MURA_ONLY``.
     TrainingError
         A model that says the same of all images.
@@ -257,12 +257,7 @@ def _flat(value: Any, item: str = "") -> dict[str, Any]:
 def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Profile, weights: str) -> dict:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise RunError(f"A run's name becomes a folder: letters, digits, '-' and '_' only, not {name!r}.")
-    try:
-        text = json.dumps(config, sort_keys=True, allow_nan=False, default=lambda value: value.item())
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"A run's config must hold numbers, text, lists, dicts only: {error}") from error
-    if index.empty:
-        raise RunError("The index has no rows: there is nothing to train on.")
+    text = json.dumps(config, sort_keys=True, allow_nan=False, default=lambda value: value.item())
     of_data = (data.fingerprint(index), index.attrs["name"], index.attrs["is_demo"])
     values = (name, json.loads(text), *of_data, profile.name, weights)
     return dict(zip(IDENTITY, values, strict=True))
@@ -322,10 +317,7 @@ def _make(folder: Path, workdir: Path, identity: dict, fit: Callable, samples: i
         print(f"Run {identity['name']} was interrupted earlier: going on.")
     disk.workdir(workdir, VARIABLE)
     start = time.perf_counter()
-    result = fit(workdir)
-    if not isinstance(result, tuple) or len(result) != 3:
-        raise RunError("fit(workdir) must return three things: (model, history, predictions).")
-    model, history, predictions = result
+    model, history, predictions = fit(workdir)
     # What is scored is what a file of half the size holds: 7 significant digits.
     floats: Any = predictions.select_dtypes(["float32", "float64"])
     predictions = predictions.assign(**floats.map(lambda value: float(f"{value:.7g}")))

@@ -1,20 +1,20 @@
 """ImageNet weights for both frameworks: files found or downloaded, and what happens where there are none.
 
-Imports no deep-learning framework; each framework's `backbones` or `models` module knows its own addresses.
-Writes where Keras, torch or keras-ocr keep their weights. Chapters 5 and 7 explain what the weights bring.
+Imports no deep-learning framework. Writes where Keras, torch or keras-ocr keep their weights. Chapters 5 and
+7 explain what the weights bring.
 """
 
 import importlib.util
 import logging
+import os
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pooch
 
 from . import disk, paths
-from .errors import WeightsError
+from .errors import ModelError, WeightsError, one_of
 from .profiles import Profile
 
 # By the name of the error of requests: what else it says would fill a page.
@@ -28,20 +28,32 @@ LITE = {
 }
 """The backbones whose ImageNet weights a Python package carries, and the SHA-256 of its file."""
 
-_failed: dict[str, str] = {}  # by URL: why the download failed, so that one process asks once
+# Where each library keeps its files: below the folder of a variable, else below the one that follows.
+KERAS = ("KERAS_HOME", "~/.keras", "models")
+TORCH = ("TORCH_HOME", f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/torch", "hub/checkpoints")
+OCR = ("KERAS_OCR_CACHE_DIR", "~/.keras-ocr", "")
+_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
+_OCR = "https://github.com/faustomorales/keras-ocr/releases/download/v0.8.4/craft_mlt_25k.h5"
+_TOP = "weights_tf_dim_ordering_tf_kernels_notop.h5"
+PUBLISHED = {
+    "DenseNet201": (f"{_KERAS}/densenet/densenet201_{_TOP}", "c13680b51ded0fb44dff2d8f86ac8bb1", KERAS),
+    "ResNet50": (f"{_KERAS}/resnet/resnet50_{_TOP}", "4d473c1dd8becc155b73f8504c6f6626", KERAS),
+    "ResNet18": ("https://download.pytorch.org/models/resnet18-f37072fd.pth", "f37072fd", TORCH),
+    "CRAFT": (_OCR, "7283ce2ff05a0617e9740c316175ff3bacdd7215dbdf1a726890d5099431f899", OCR),
+}
+"""By name: where Keras, torchvision or keras-ocr publish the weights, what the file's hash begins with (MD5
+where it has 32 digits, else SHA-256), and where the library keeps the file."""
 
 
-def find(name: str, profile: Profile, weights_file: Callable[[str], Path]) -> str:
+def find(name: str, profile: Profile) -> str:
     """Say whether a backbone starts from ImageNet's weights or from random ones; never silently random.
 
     Parameters
     ----------
     name : str
-        The backbone's name, as `weights_file` takes it.
+        As `file` takes it.
     profile : Profile
         Only smoke and demo allow random weights (`allow_random_weights`).
-    weights_file : callable
-        Returns the file with the weights, downloaded if need be; WeightsError where that fails.
 
     Returns
     -------
@@ -51,11 +63,13 @@ def find(name: str, profile: Profile, weights_file: Callable[[str], Path]) -> st
 
     Raises
     ------
+    ModelError
+        No such weights.
     WeightsError
-        There are no weights, and the profile does not allow random ones.
+        They cannot be found or downloaded, and the profile does not allow random ones.
     """
     try:
-        weights_file(name)
+        file(name)
     except WeightsError as error:
         if not profile.allow_random_weights:
             raise
@@ -63,6 +77,23 @@ def find(name: str, profile: Profile, weights_file: Callable[[str], Path]) -> st
         print(textwrap.fill(note, 78, break_long_words=False, break_on_hyphens=False))
         return "random"
     return "imagenet"
+
+
+def file(name: str) -> Path:
+    """Find the file with the weights of a backbone in `LITE` or `PUBLISHED`, downloaded if need be.
+
+    Raises
+    ------
+    ModelError
+        No such weights.
+    WeightsError
+        They cannot be found or downloaded; the message says how to place the file by hand.
+    """
+    if name in LITE:
+        return lite_file(name)
+    url, digest, (variable, default, inside) = PUBLISHED[one_of("weights", name, PUBLISHED, ModelError)]
+    folder = Path(os.environ.get(variable) or default).expanduser() / inside
+    return retrieve(url, folder / url.rpartition("/")[2], digest)
 
 
 def lite_file(name: str) -> Path:
@@ -83,15 +114,15 @@ def lite_file(name: str) -> Path:
     return file
 
 
-def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Path:
+def retrieve(url: str, file: Path, digest: str) -> Path:
     """Find the weights at `file` with the right digest, or download them from `url`.
 
     Parameters
     ----------
     url, file : str, Path
         Where the weights are, and where they shall lie.
-    digest, algorithm : str
-        What the file's hash begins with (torchvision publishes the first 8 digits), and which hash it is.
+    digest : str
+        What the file's hash begins with, as in `PUBLISHED`.
 
     Raises
     ------
@@ -99,14 +130,14 @@ def retrieve(url: str, file: Path, digest: str, algorithm: str = "sha256") -> Pa
         No connection, no such page, another content, no room: the message names file, address, digest and
         folder, so that the file can be placed by hand. Without a connection, within seconds.
     """
+    algorithm = "md5" if len(digest) == 32 else "sha256"
     if file.is_file() and disk.digest(file, algorithm).startswith(digest):
         return file
-    if url not in _failed:
-        try:
-            return _download(url, file, digest, algorithm)
-        except (OSError, ValueError) as error:
-            _failed[url] = " ".join(str(error).split())[:200] or type(error).__name__
-    what = f"{file.name} cannot be downloaded ({_failed[url]})"
+    try:
+        return _download(url, file, digest, algorithm)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+    what = f"{file.name} cannot be downloaded ({why})"
     known = f"{algorithm.upper()} begins with {digest}"
     where = f"put the file {file.name} (its {known}) into {paths.short_path(file.parent)}"
     raise WeightsError(f"{what}. By hand: download {url} where there is a connection, and {where}.")

@@ -72,7 +72,7 @@ def prepare_data() -> str:
 
     try:
         return execution_key()
-    except MuraError as error:
+    except (MuraError, OSError, ValueError) as error:
         sys.exit(f"\n{error}")
 
 

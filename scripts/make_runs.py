@@ -4,16 +4,21 @@ A run that exists is found and one that was interrupted goes on, so the script c
 again. With --only, other runs that are to be recorded and do not exist are left out. Where a run is left out
 or a statement fails, what needs its result is skipped and the rest is executed, each chapter in a kernel of
 its own. Exit code 1 where a statement failed.
+
+With --verify (as `mura-course runs verify`), the cheapest recorded run of each framework is trained anew in a
+temporary folder, nothing is recorded, and both AUROCs are compared: exit code 1 where they are too far apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import os
 import re
 import symtable
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,8 +26,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 
-from mura_course import paths, runs
+from mura_course import data, paths, profiles, runs
+from mura_course.recipes import Recipe, Stage
 
+SECONDS, TOLERANCE = 90, 0.03  # of --verify: the longest training, the largest difference of AUROCs
 GROWING = ("append", "extend", "add", "update")  # methods that change what they are called on
 BOOK = Path(__file__).resolve().parent.parent / "book"
 
@@ -85,8 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", default="", help="names or regular expressions of runs, with commas between"
     )
+    parser.add_argument("--verify", action="store_true", help="train the cheapest anew, and compare")
     parser.add_argument("chapters", nargs="*", type=Path, help="notebooks (all chapters)")
     options = parser.parse_args(arguments)
+    if options.verify:
+        return verify(options.only.replace(",", "|"))
     os.environ |= {runs.VARIABLE: "record", runs.ONLY: options.only.replace(",", "|")}
     os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1"}  # this environment's kernel, no other
     os.environ.setdefault("MURA_PROFILE", "demo")
@@ -101,6 +111,51 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"== {chapter.name}: {time.time() - began:.0f} s", flush=True)
     report(before, failures, left_out)
     return 1 if failures else 0
+
+
+def verify(only: str) -> int:
+    """Train the cheapest recorded run of each framework anew; 1 where an AUROC is too far off."""
+    profile = profiles.current(index := data.load_index())
+    split = data.split_dev(index, profile.dev_fraction)
+    same = {"profile": profile.name, "fingerprint": data.fingerprint(split)}
+    cheapest = {}
+    every = [runs.load(file.parent) for file in paths.recorded_runs().glob("*/*/[!.]*/run.json")]
+    for run in sorted(every, key=lambda run: -run.info["seconds"]):  # the cheapest of each framework last
+        info = run.info
+        fits = same.items() <= info.items() and re.fullmatch(only or ".*", info["name"])
+        if (
+            fits
+            and info["seconds"] <= SECONDS
+            and info["config"].keys() == Recipe.__dataclass_fields__.keys()
+        ):
+            cheapest["torch" if info["architecture"] else "keras"] = run
+    if not cheapest:
+        sys.exit(f"No recorded run ({only or 'any'}) is of a recipe, these data and up to {SECONDS} s.")
+    off = [difference(framework, run, split, profile) for framework, run in cheapest.items()]
+    return int(max(off) > TOLERANCE)
+
+
+def difference(framework: str, run, split, profile) -> float:
+    """Train a recorded run anew in a temporary folder, print how it compares; the difference of AUROCs."""
+    train = importlib.import_module(f"mura_course.{framework}_tools.training").train
+    print(run.describe(), "Training it anew.", sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as root:
+        os.environ[runs.VARIABLE] = root
+        again = train(run.info["name"], recipe(run.info["config"]), split, profile, run.info["weights"])
+    old, new = (one.info["metrics"]["test"]["image"]["auroc"]["value"] for one in (run, again))
+    p, q = (one.predictions.set_index("path")["probability"] for one in (run, again))
+    print(f"{framework}: AUROC {old:.3f} recorded, {new:.3f} now (may differ by {TOLERANCE}); probabilities")
+    print(f"differ by {(p - q).abs().mean():.4f} on average. It took {again.info['seconds']:.0f} s.")
+    return abs(new - old)
+
+
+def recipe(config: dict) -> Recipe:
+    """The recipe whose `config` this was, before JSON made lists of its tuples."""
+
+    def tuples(values: dict) -> dict:
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+    return Recipe(**tuples(config | {"stages": [Stage(**tuples(stage)) for stage in config["stages"]]}))
 
 
 def recorded() -> list[str]:

@@ -30,7 +30,7 @@ def _own_cache(tmp_path_factory):
     from mura_course.paths import cache_dir
 
     bones = cache_dir() / "bones"
-    bones.mkdir(exist_ok=True)
+    bones.mkdir(parents=True, exist_ok=True)
     own = tmp_path_factory.mktemp("cache")
     (own / "bones").symlink_to(bones, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import json
 import os
 import subprocess
 import sys
@@ -62,7 +61,7 @@ def test_links_are_not_followed(tmp_path):
     assert names(outside) == ["precious"] and (tmp_path / "model").read_text() == "mine"
 
 
-def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     (tmp_path / "state").write_text("old")
     code = "import sys, time, pathlib; from mura_course import disk\n"
     code += "with disk.atomic(pathlib.Path(sys.argv[1])) as beside:\n"
@@ -73,11 +72,9 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path, monkeypatc
     process.wait()
     assert (tmp_path / "state").read_text() == "old"
     (left,) = tmp_path.glob(".state.*.part")
-    os.utime(left, (0, 0))
-    gone, real = tmp_path / ".state.1.part", Path.glob  # which its own process renames meanwhile
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [gone, *real(self, pattern)])
+    left.rename(tmp_path / f".state.{os.getpid()}.part")  # a process may get the number of a killed one
     disk.write_json(tmp_path / "state", {})
-    assert names(tmp_path) == ["state"]
+    assert names(tmp_path) == ["state"] and (tmp_path / "state").read_text() == "{}\n"
 
 
 def test_json_comes_back_and_no_room_is_said(tmp_path, monkeypatch):
@@ -94,11 +91,12 @@ def test_json_comes_back_and_no_room_is_said(tmp_path, monkeypatch):
 
 def test_the_cache_folder_is_the_environments_and_must_be_writable(tmp_path, monkeypatch):
     monkeypatch.setenv("MURA_CACHE", str(tmp_path / "a/b"))
-    assert paths.cache_dir() == tmp_path / "a/b" and (tmp_path / "a/b").is_dir()
+    assert paths.cache_dir() == tmp_path / "a/b" and not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
     monkeypatch.setenv("MURA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(errors.DiskError, match="file cannot be written to.*MURA_CACHE"):
-        paths.cache_dir()
+    for write in (disk.workdir, lambda place: disk.write_json(place, {})):
+        with pytest.raises(errors.DiskError, match="file.x cannot be written .*MURA_CACHE"):
+            write(paths.cache_dir() / "x")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert paths.short_path(tmp_path / "x") == str(Path("~/x"))
     assert str(errors.DataError("line\x1b[2J\x07 one\nline two")) == "line?[2J? one\nline two"
@@ -117,13 +115,13 @@ def test_the_environment_chooses_the_profile_then_the_data_and_unknown_names_are
         assert profiles.current(index).name == expected
     # Unknown profiles and settings are answered with what exists.
     monkeypatch.setenv("MURA_PROFILE", "fast")
-    with pytest.raises(errors.ProfileError, match="'fast'.*MURA_PROFILE.*smoke, demo, full"):
+    with pytest.raises(errors.ProfileError, match="MURA_PROFILE must be .* 'full', not 'fast'"):
         profiles.current()
     demo = profiles.get("demo")
     for wrong in (lambda: demo.cnn_epoch, lambda: demo.replace(cnn_epoch=1)):
-        with pytest.raises(errors.ProfileError, match="'cnn_epoch'.*table"):
+        with pytest.raises((AttributeError, TypeError), match="'cnn_epoch'"):
             wrong()
-    with pytest.raises(AttributeError, match=r"replace\(cnn_epochs=1\)"):
+    with pytest.raises(AttributeError, match="cannot assign to field 'cnn_epochs'"):
         demo.cnn_epochs = 1
     assert demo.replace(cnn_epochs=1).cnn_epochs == 1 != demo.cnn_epochs
     assert demo.replace() == demo == profiles.get("demo") != profiles.get("full")
@@ -145,8 +143,6 @@ def test_a_recipe_is_plain_values_and_refuses_what_cannot_be_trained():
     recipe = Recipe(backbone="ResNet18", size=64, stages=(Stage(learning_rate=1e-3, epochs=2),))
     config = recipe.config()
     assert config["stages"][0]["head"] == () and config["parts"] is None
-    two = replace(recipe, parts=("HAND",), stages=(*recipe.stages, replace(recipe.stages[0], head=None)))
-    assert all(Recipe.from_config(json.loads(json.dumps(r.config()))) == r for r in (recipe, two))
     stage = {"learning_rate": 1e-3, "epochs": 1}
     for wrong, message in (
         (lambda: Stage(**stage, steps=1), "epochs or some steps"),
@@ -184,7 +180,6 @@ def server(monkeypatch):
 
     one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=one.serve_forever, daemon=True).start()
-    monkeypatch.setattr(weights, "_failed", {})
     monkeypatch.setattr(weights, "TIMEOUT", 0.3)
     yield f"http://127.0.0.1:{one.server_port}", asked
     one.shutdown()
@@ -203,27 +198,26 @@ def test_weights_are_downloaded_once_and_damaged_ones_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("page", ["other", "absent", "silent"])
-def test_what_cannot_be_downloaded_is_asked_for_once_and_the_remedy_named(server, tmp_path, page):
+def test_what_cannot_be_downloaded_is_said_and_the_remedy_named(server, tmp_path, page):
     address, asked = server
-    for _ in range(2):
-        with pytest.raises(errors.WeightsError, match=rf"model\.h5.*By hand: download {address}/{page}.*MD5"):
-            weights.retrieve(f"{address}/{page}", tmp_path / "model.h5", "c136", "md5")
-    assert len(asked) == 1 and not (tmp_path / "model.h5").exists()
+    with pytest.raises(errors.WeightsError, match=rf"model\.h5.*By hand: download {address}/{page}.*MD5"):
+        weights.retrieve(f"{address}/{page}", tmp_path / "model.h5", 32 * "c")
+    assert asked == [f"/{page}"] and not (tmp_path / "model.h5").exists()
 
 
 def test_no_connection_random_weights_are_said_and_full_stops(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(weights, "_failed", {})
-
-    def file(name):
-        return weights.retrieve("http://127.0.0.1:9/none", tmp_path / "model.h5", SHA256)
-
-    assert weights.find("ResNet50", profiles.get("demo"), file) == "random"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    known = ("http://127.0.0.1:9/model.pth", SHA256, weights.TORCH)
+    monkeypatch.setitem(weights.PUBLISHED, "ResNet18", known)
+    assert weights.find("ResNet18", profiles.get("demo")) == "random"
     said = capsys.readouterr().out
-    assert "ResNet50 starts from RANDOM weights" in said and "By hand" in said and "written" not in said
+    assert "ResNet18 starts from RANDOM weights" in said and "By hand" in said and "written" not in said
     with pytest.raises(errors.WeightsError):
-        weights.find("ResNet50", profiles.get("full"), file)
-    (tmp_path / "model.h5").write_bytes(CONTENT)
-    assert weights.find("ResNet50", profiles.get("full"), file) == "imagenet"
+        weights.find("ResNet18", profiles.get("full"))
+    (tmp_path / "hub/checkpoints/model.pth").write_bytes(CONTENT)
+    assert weights.find("ResNet18", profiles.get("full")) == "imagenet"
+    with pytest.raises(errors.ModelError, match="one of 'DenseNet201', .*not 'VGG16'"):
+        weights.find("VGG16", profiles.get("demo"))
 
 
 @pytest.mark.parametrize("name", weights.LITE)

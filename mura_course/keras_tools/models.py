@@ -54,12 +54,10 @@ def funnel_cnn(
     Raises
     ------
     ModelError
-        Another direction, or filters that cannot be halved so often.
+        Another direction.
     """
     one_of("direction", direction, ("in", "out"), ModelError)
     filters = [widest // 2**i if direction == "in" else narrowest * 2**i for i in range(conv_layers)]
-    if not filters or filters[-1] < 1:
-        raise ModelError(f"{conv_layers} layers from {widest} filters: give 1 or more, and filters to each.")
     x = inputs = keras.Input(input_shape, name="Input")
     for i, count in enumerate(filters, start=1):
         x = layers.Conv2D(count, 3, padding="same", activation="relu", name=f"Conv2D-{i}")(x)  # KL Table 4

@@ -62,7 +62,7 @@ def train(
     TrainingError
         A recipe of several stages, or a loss that is no number.
     MuraError
-        What `backbones.weights_file` and `runs.fit_or_load` raise.
+        What `weights.file` and `runs.fit_or_load` raise.
     """
     stage = recipe.stages[0]
     others = (stage.target != "label", stage.steps, stage.fraction, stage.schedule, recipe.parts)

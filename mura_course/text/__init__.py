@@ -4,5 +4,5 @@ Uses `data` for whole data sets, and no framework: keras-ocr's runs in a process
 """
 
 # ruff: noqa: F401 - the room's public names
-from .boxes import Found, TextBox
+from .boxes import Found
 from .removal import DETECTORS, clean_dataset, get_detector, inpaint, remove_text

@@ -3,8 +3,7 @@
 Changes no image, reads and writes no file.
 """
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -14,31 +13,18 @@ from ..errors import TextError
 BORDER = 0.18  # fraction of the longest side: markers stand this near the border; findings seldom do
 
 
-@dataclass(frozen=True, eq=False)
-class TextBox:
-    """Where text is.
+class Found(NamedTuple):
+    """What a detector found in one film.
 
     Attributes
     ----------
-    corners : ndarray
-        float32 (4, 2), x and y in pixels, clockwise from above left.
-    text, score : str, float
-        What was read, "" where nothing was, and how certainly, from 0 to 1; nan without a reading.
-    source : str
-        The detector that found it; within "rapidocr" it may be "strokes".
+    boxes : list of ndarray
+        Of each word its corners, float32 (4, 2), x and y in pixels, clockwise from above left.
+    mask : ndarray
+        bool (H, W), the pixels to repaint.
     """
 
-    corners: np.ndarray
-    text: str = ""
-    score: float = float("nan")
-    source: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a detector found in one film: `boxes`, and `mask`, bool (H, W), the pixels to repaint."""
-
-    boxes: list[TextBox]
+    boxes: list[np.ndarray]
     mask: np.ndarray
 
 
@@ -56,7 +42,7 @@ def grey(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
-def line_mask(boxes: list[TextBox], shape: tuple[int, ...]) -> np.ndarray:
+def line_mask(boxes: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """Boxes filled as the recipe that KL 1.2 follows does it.
 
     For each box, a line as thick as the box is high, between the midpoints of its short sides. The line's
@@ -64,8 +50,8 @@ def line_mask(boxes: list[TextBox], shape: tuple[int, ...]) -> np.ndarray:
 
     Parameters
     ----------
-    boxes : list of TextBox
-        What a detector found.
+    boxes : list of ndarray
+        As in `Found`.
     shape : tuple of int
         Height and width of the film.
 
@@ -76,7 +62,7 @@ def line_mask(boxes: list[TextBox], shape: tuple[int, ...]) -> np.ndarray:
     """
     mask = np.zeros(shape, np.uint8)
     for box in boxes:
-        a, b, c, d = box.corners.astype(float)
+        a, b, c, d = box.astype(float)
         (left, right), thick = ((a + d) / 2, (b + c) / 2), np.linalg.norm(a - d)
         if np.linalg.norm(a - b) < thick:
             (left, right), thick = ((a + b) / 2, (c + d) / 2), np.linalg.norm(a - b)

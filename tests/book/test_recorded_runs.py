@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -245,11 +246,13 @@ def test_the_page_of_results_finds_every_run_of_its_data_and_profile_once(record
 
 
 def test_verify_trains_the_cheapest_anew_and_says_how_far_it_is_off(recording, monkeypatch, capsys):
-    split = make_index(patients=40)
+    split, script = make_index(patients=40), load("scripts/make_runs.py")
     monkeypatch.setattr(data, "load_index", lambda: split)
     monkeypatch.setattr(data, "split_dev", lambda index, fraction: split)
     monkeypatch.setenv("MURA_PROFILE", "smoke")
-    recipe = Recipe(backbone="ResNet18", size=64, stages=(Stage(learning_rate=1e-3, epochs=2),))
+    one = Stage(learning_rate=1e-3, epochs=2, head=(4,))
+    recipe = Recipe(backbone="ResNet18", size=64, parts=("HAND",), stages=(one, replace(one, head=None)))
+    assert script.recipe(json.loads(json.dumps(recipe.config()))) == recipe
     signal = {"cheap": 1.0}
 
     def train(name, recipe, split, profile, weights, **options):
@@ -266,17 +269,24 @@ def test_verify_trains_the_cheapest_anew_and_says_how_far_it_is_off(recording, m
     for name in signal:
         train(name, recipe, split, profiles.get("smoke"), "random", record="scores")
     make(name="no_recipe", index=split)
-    assert cli.main(["runs", "verify"]) == 0
+    assert script.main(["--verify"]) == 0
     said = capsys.readouterr().out
     assert "Run cheap: recorded on" in said and "dear" not in said
     assert "(may differ by 0.03)" in said and "differ by 0.0000 on average" in said
     signal["cheap"] = 9.0
     recording("")
-    assert cli.main(["runs", "verify", "--name", "cheap"]) == 1
+    assert script.main(["--verify", "--only", "cheap"]) == 1
     assert "differ by 0.0000" not in capsys.readouterr().out
     for name in ("none", "no_recipe"):
-        assert cli.main(["runs", "verify", "--name", name]) == 1
-        assert f"No recorded run ({name}) is of a recipe" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match=f"No recorded run .{name}. is of a recipe"):
+            script.main(["--verify", "--only", name])
+
+
+def test_the_command_runs_verify_hands_on_to_the_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MURA_DATA", str(tmp_path / "absent"))
+    assert cli.main(["runs", "verify", "--name", "cheap"]) == 1  # of the script, which finds no data
+    monkeypatch.setattr(paths, "recorded_runs", lambda: tmp_path / "site-packages/mura_course/_runs")
+    assert cli.main(["runs", "verify"]) == 1 and "clone it" in capsys.readouterr().err
 
 
 # --- The book's build -------------------------------------------------------------------------------------

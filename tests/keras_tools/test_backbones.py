@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 keras = pytest.importorskip("keras")
-from making import flips, make_films  # noqa: E402
+from making import make_films  # noqa: E402
 
 from mura_course import data, errors, profiles, weights  # noqa: E402
 from mura_course.errors import ModelError, WeightsError  # noqa: E402
@@ -22,7 +22,6 @@ def test_what_does_not_exist_is_refused():
     for call, message in (
         (lambda: models.transfer_model("VGG16"), "'DenseNet201', 'ResNet50', .*not 'VGG16'"),
         (lambda: models.transfer_model("ResNet50", weights="noisy"), "'imagenet', 'random', not 'noisy'"),
-        (lambda: models.transfer_model("ResNet50", size=31, weights="random"), "32 pixels or more, not 31"),
     ):
         with pytest.raises(ModelError, match=message):
             call()
@@ -40,9 +39,12 @@ def test_the_scale_is_keras_own_also_after_saving(name, module):
 
 def test_the_weights_are_the_files_that_keras_itself_would_load():
     for name, module in (("DenseNet201", "densenet"), ("ResNet50", "resnet")):
-        source, known = pytest.importorskip(f"keras.src.applications.{module}"), backbones.BACKBONES[name]
-        assert known.digest in Path(source.__file__).read_text()
-        assert known.url.startswith(source.BASE_WEIGHTS_PATH) and f"/{name.lower()}_weights" in known.url
+        source, (url, digest, _) = (
+            pytest.importorskip(f"keras.src.applications.{module}"),
+            weights.PUBLISHED[name],
+        )
+        assert digest in Path(source.__file__).read_text()
+        assert url.startswith(source.BASE_WEIGHTS_PATH) and f"/{name.lower()}_weights" in url
 
 
 def test_resnet50_is_the_reports():
@@ -114,7 +116,7 @@ def test_the_twin_equals_its_pytorch_original(tmp_path):
     file, x = tmp_path / "x.npy", np.random.default_rng(0).uniform(-1, 1, (2, 96, 96, 3)).astype("float32")
     np.save(file, x)
     subprocess.run([sys.executable, "-c", PYTORCH, str(file)], check=True, timeout=300)
-    original, own = np.load(file), str(backbones.weights_file("EfficientNetLite0"))
+    original, own = np.load(file), str(weights.file("EfficientNetLite0"))
     twin = backbones.efficientnet_lite0(weights=own, input_shape=(96, 96, 3), pooling=None)
     assert original.shape == (2, 3, 3, 1280) and original.std() > 0.1
     np.testing.assert_allclose(twin(x), original, atol=1e-4)
@@ -125,38 +127,16 @@ def test_the_twin_equals_its_pytorch_original(tmp_path):
         np.testing.assert_allclose(features, original[rows].max(axis=(1, 2)), atol=1e-3)
 
 
-def test_fault_9_weights_are_converted_once_and_anew_if_damaged(monkeypatch, tmp_path):
-    """Cut short, or with one bit flipped; and a conversion that fails leaves one error, and nothing else."""
-    monkeypatch.setenv("MURA_CACHE", str(tmp_path))
-    file, calls, code = tmp_path / "weights" / "efficientnet-lite0.npz", [], 0
-
-    def convert(command, **options):
-        calls.append(command)
-        np.savez(command[-1].open("wb"), stem=np.arange(999.0))
-        return subprocess.CompletedProcess(command, code, "", "Traceback\nNo module named 'torch'\n")
-
-    monkeypatch.setattr(backbones.subprocess, "run", convert)
-    assert backbones.weights_file("EfficientNetLite0") == file
-    whole = file.read_bytes()
-    damaged = [b"", whole[:1000], *list(flips(whole, 4))[1:3]]
-    for number, content in enumerate(damaged, start=2):
-        file.write_bytes(content)
-        for _ in range(2):
-            assert np.load(backbones.weights_file("EfficientNetLite0"))["stem"].sum() == 998 * 999 / 2
-            assert len(calls) == number
-    file.write_bytes(b"")
-    code = 1
-    with pytest.raises(WeightsError, match="No module named 'torch'.*Install torch"):
-        backbones.weights_file("EfficientNetLite0")
-    assert list(file.parent.iterdir()) == [file]
+def test_a_file_that_pytorch_cannot_read_is_one_error_with_its_reason(tmp_path):
+    (file := tmp_path / "lite.pth").write_bytes(b"no weights")
+    with pytest.raises(WeightsError, match=f"{file} cannot be read with PyTorch .*Install torch"):
+        backbones.efficientnet_lite0(weights=str(file), input_shape=(32, 32, 3))
 
 
 def test_keras_weights_lie_in_keras_folder_and_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setattr(weights, "_failed", {})
     url, digest = "http://127.0.0.1:9/resnet.h5", hashlib.md5(b"the weights").hexdigest()
-    known = backbones.BACKBONES["ResNet50"]._replace(url=url, digest=digest)
-    monkeypatch.setitem(backbones.BACKBONES, "ResNet50", known)
+    monkeypatch.setitem(weights.PUBLISHED, "ResNet50", (url, digest, weights.KERAS))
     with pytest.raises(WeightsError, match=f"{url}.*{digest}.*{tmp_path / 'models'}"):
         backbones.find_weights("ResNet50", FULL)
     (tmp_path / "models" / "resnet.h5").write_bytes(b"the weights")  # by hand, in the same session

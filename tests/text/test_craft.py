@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from text_films import film, save_untrained
 
+from mura_course import weights
 from mura_course.errors import TextError, WeightsError
 from mura_course.text import craft, get_detector, remove_text
 from mura_course.text.boxes import line_mask
@@ -20,18 +21,21 @@ from mura_course.text.boxes import line_mask
 def test_address_and_checksum_are_those_of_the_installed_keras_ocr():
     if not (installed := [f for f in files("keras-ocr") or [] if str(f) == "keras_ocr/detection.py"]):
         pytest.skip("keras-ocr is not installed")
-    named = re.search(rf'"url": "{re.escape(craft.URL)}".*?"sha256": "(\w+)"', installed[0].read_text(), re.S)
-    assert named[1] == craft.SHA256
+    url, digest, _ = weights.PUBLISHED["CRAFT"]
+    named = re.search(rf'"url": "{re.escape(url)}".*?"sha256": "(\w+)"', installed[0].read_text(), re.S)
+    assert named[1] == digest
 
 
 def test_missing_weights_raise_the_one_weights_error(tmp_path, monkeypatch):
     """Fault 10: there were two unrelated classes called WeightsError."""
-    monkeypatch.setattr(craft, "URL", url := "http://127.0.0.1:9/refused.h5")
+    _, digest, folder = weights.PUBLISHED["CRAFT"]
+    known = (url := "http://127.0.0.1:9/refused.h5", digest, folder)
+    monkeypatch.setitem(weights.PUBLISHED, "CRAFT", known)
     monkeypatch.setattr(craft, "version", lambda package: "1")
     monkeypatch.setenv("KERAS_OCR_CACHE_DIR", str(tmp_path))
     with pytest.raises(WeightsError) as caught:
         get_detector("keras-ocr")
-    assert all(part in str(caught.value) for part in ("refused.h5", url, craft.SHA256, str(tmp_path)))
+    assert all(part in str(caught.value) for part in ("refused.h5", url, digest, str(tmp_path)))
 
 
 @pytest.mark.slow
@@ -41,7 +45,9 @@ def test_keras_ocr_runs_beside_keras_3(tmp_path, monkeypatch):
     loaded, file = "tensorflow" in sys.modules, tmp_path / "craft_mlt_25k.h5"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(save_untrained, str(file)).result().startswith("tf_keras")
-    monkeypatch.setattr(craft, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    url, _, folder = weights.PUBLISHED["CRAFT"]
+    known = (url, hashlib.sha256(file.read_bytes()).hexdigest(), folder)
+    monkeypatch.setitem(weights.PUBLISHED, "CRAFT", known)
     monkeypatch.setenv("KERAS_OCR_CACHE_DIR", str(tmp_path))
     detector = get_detector("keras-ocr")
     assert detector.versions.keys() == {"keras-ocr", "tf-keras", "tensorflow"}

