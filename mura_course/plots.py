@@ -101,11 +101,10 @@ def learning_curves(histories: Tables, panels: Sequence[str] | None = None) -> F
 
 
 @styled
-def confusion_matrices(predictions: Tables, level: str = "image") -> Figure:
+def confusion_matrices(predictions: Tables, level: str = "image", threshold: float = 0.5) -> Figure:
     """Set truth against call, a panel a model: counts, and each row's percentages, which shade the cells.
 
-    The shades mean the same in every panel. Called abnormal is what has a probability above 0.5. (Chapters
-    5-10.)
+    The shades mean the same in every panel. (Chapters 5-10.)
 
     Parameters
     ----------
@@ -113,6 +112,8 @@ def confusion_matrices(predictions: Tables, level: str = "image") -> Figure:
         As for `metrics.image_report`, or several by name.
     level : {"image", "study"}
         What is counted; a study's probability is the mean over its views.
+    threshold : float
+        Called abnormal is what has a probability above it.
 
     Raises
     ------
@@ -126,11 +127,11 @@ def confusion_matrices(predictions: Tables, level: str = "image") -> Figure:
     figure, axes = _grid(len(by_name), ncols, ncols * side + 0.4, side + 0.4, 0.8)
     for axis, (name, table) in zip(axes, by_name.items(), strict=True):
         rows = metrics.check(table) if level == "image" else metrics.study_predictions(table)
-        _matrix(axis, rows, 18 - 2 * ncols)
+        _matrix(axis, rows, threshold, 18 - 2 * ncols)
         split = f", {'+'.join(sorted(set(rows['split'])))} set" if "split" in rows else ""
         count = f"{len(rows):,} {'images' if level == 'image' else 'studies'}{split}"
         axis.set(title="\n".join([*textwrap.wrap(name, int(9 * side)), count]), ylabel="truth")
-        axis.set_xlabel("called (abnormal: P > 0.5)", fontsize=13 - ncols)
+        axis.set_xlabel(f"called (abnormal: P > {threshold:.3g})", fontsize=13 - ncols)
         axis.label_outer()
     return _finished(figure, _about(by_name.values(), level))
 
@@ -239,10 +240,10 @@ def _panel(axis: Axes, panel: str) -> None:
         axis.axhline(CHANCE[panel], color=FAINT, linewidth=0.8, linestyle=":")
 
 
-def _matrix(axis: Axes, rows: pd.DataFrame, fontsize: int) -> None:
+def _matrix(axis: Axes, rows: pd.DataFrame, threshold: float, fontsize: int) -> None:
     """One confusion matrix, each row in its own class's colour."""
     counts = np.zeros((2, 2), int)
-    np.add.at(counts, (rows["label"], (rows["probability"] > 0.5).astype(int)), 1)
+    np.add.at(counts, (rows["label"], (rows["probability"] > threshold).astype(int)), 1)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # White for 0 %, two thirds of the way to the class's colour for 100 %: dark text stays readable.
     axis.imshow(1 - 0.65 * fractions[..., None] * (1 - np.array([[to_rgb(c)] for c in COLOURS])))

@@ -116,8 +116,8 @@ def test_matrices_share_one_scale_by_the_rows_fraction(predictions):
     assert to_hex(shades[1][0, 1]) == to_hex(shades[1][1, 0]) == "#ffffff"  # nothing there
     assert (shades[0][0, 0] > shades[1][0, 0]).any() and (shades[0][0, 0] >= shades[1][0, 0]).all()
     assert figure.axes[2].get_title() == "few\n2 images, test set"
-    one_class = plots.confusion_matrices(predictions.query("label == 0"))
-    assert [text.get_text() for text in one_class.axes[0].texts] == ["3\n75%", "1\n25%", "0", "0"]
+    one_class = plots.confusion_matrices(predictions.query("label == 0"), threshold=0.999)
+    assert [text.get_text() for text in one_class.axes[0].texts] == ["4\n100%", "0\n0%", "0", "0"]
     assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False] * 3
 
 

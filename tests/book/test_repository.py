@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -243,3 +244,20 @@ def test_serving_a_book_that_is_not_there_says_what_to_do(checkout):
 def test_the_bare_package_brings_no_deep_learning_framework():
     base = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     assert not base & {"torch", "torchvision", "tensorflow", "keras", "lightning", "keras-ocr"}
+
+
+def test_published_numbers_have_a_source_a_level_and_data():
+    """Chapter 10 quotes them; an interval holds its value."""
+    table = pd.read_csv(TOP / "mura_course/published.csv")
+    assert table[["source", "reader", "body_part", "level", "evaluated_on", "kappa"]].notna().all(axis=None)
+    assert not table.duplicated(["source", "reader", "body_part", "evaluated_on"]).any()
+    assert set(table["level"]) == {"image", "study", "not stated"}
+    stated = table[table["low"].notna()]
+    assert (
+        len(stated) == 4
+        and (stated["low"] < stated["kappa"]).all()
+        and (stated["kappa"] < stated["high"]).all()
+    )
+    assert table[["auroc", "kappa", "sensitivity", "specificity"]].stack().dropna().between(0, 1).all()
+    paper = table[table["evaluated_on"].str.contains("hidden")].groupby("reader")["body_part"].nunique()
+    assert (paper.drop("best ensemble") == 8).all()
