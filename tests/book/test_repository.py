@@ -248,7 +248,7 @@ def test_the_bare_package_brings_no_deep_learning_framework():
 
 def test_published_numbers_have_a_source_a_level_and_data():
     """Chapter 10 quotes them; an interval holds its value."""
-    table = pd.read_csv(TOP / "mura_course/published.csv")
+    table = pd.read_csv(TOP / "mura_course/published_kappas.csv")
     assert table[["source", "reader", "body_part", "level", "evaluated_on", "kappa"]].notna().all(axis=None)
     assert not table.duplicated(["source", "reader", "body_part", "evaluated_on"]).any()
     assert set(table["level"]) == {"image", "study", "not stated"}
