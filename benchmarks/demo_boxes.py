@@ -3,9 +3,10 @@
     python benchmarks/demo_boxes.py [--run FOLDER] [--data DIR]
 
 The best recorded network is asked about the test films as they are, with the finding's box painted over, and
-about the box alone. Normal films get boxes that a finding of their part and view might have had, and each
-finding is compared with the normal films that have its boxes. What is left in painted films is a shortcut, or
-the box is too small. Writes `benchmarks/results/demo_boxes.csv`.
+about the box alone. Normal films get the boxes of findings that they might have had, drawn as those of
+abnormal films are, and each finding is compared with the normal films that have its boxes. The body part says
+something about the label, so the scores are within the body part. What is left in painted films is a
+shortcut, or the box is too small. Writes `benchmarks/results/demo_boxes.csv`.
 """
 
 import argparse
@@ -47,8 +48,7 @@ def main() -> None:
     recorded = sorted(paths.recorded_runs().glob("MURA-demo-*/demo/lite0_whole-*/run.json"))
     run, index = runs.load(asked.run or recorded[-1].parent), data.load_index(asked.data)
     model, side = models.load(run).eval(), run.info["config"]["size"]
-    truth = data.load_truth(index).reset_index()
-    films = audit.matched_boxes(truth, index[index["split"].eq("test")], np.random.default_rng(0))
+    films = audit.matched_boxes(index[index["split"].eq("test")], paths.cache_dir())
     grey = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in data.image_paths(films)]
     boxes = films[audit.BOX].to_numpy()
     table = {}
@@ -57,7 +57,7 @@ def main() -> None:
         rows = films.assign(probability=ask(model, images))
         for finding in ("all", *sorted(films["finding"].unique())):
             own = rows if finding == "all" else rows[rows["finding"].eq(finding)]
-            score = metrics.image_report(own).loc["OVERALL", "auroc"]
+            score = metrics.image_report(own).loc["OVERALL", "auroc_within"]
             table[finding, way] = reports.interval(*map(float, score[:3]), digits=3)
     shown = pd.Series(table).unstack()[list(WAYS)]
     RESULTS.parent.mkdir(exist_ok=True)

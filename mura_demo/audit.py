@@ -10,6 +10,7 @@ finding?  Reads films and truth.csv; writes nothing.  Used by the appendix `a_de
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits
+
+from .anatomy import Scene
+from .dataset import read_manifest
+from .film import shutters
+from .projection import Projector, finding_box
+from .studies import Study, plan, set_up, with_finding
 
 KEYS = ["body_part", "patient", "label", "finding"]
 BOX = ["box_x0", "box_y0", "box_x1", "box_y1"]
@@ -235,59 +241,58 @@ def _out_of_fold(films: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 # ------------------------------------------------------------------------------------- films without findings
-def matched_boxes(truth: pd.DataFrame, index: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    """Give every film a box: abnormal ones the finding's, normal ones one that a finding might have had.
+def matched_boxes(index: pd.DataFrame, cache: Path) -> pd.DataFrame:
+    """Give every film a box: abnormal ones the finding's, normal ones one of a finding they might have.
 
     Parameters
     ----------
-    truth : DataFrame
-        ``truth.csv``: columns path, view, visible and `BOX`.
     index : DataFrame
-        Columns path, body_part and label; ``attrs["root"]`` is the data folder.
-    rng : numpy.random.Generator
+        Columns path and label, of whole studies; ``attrs["root"]`` is the data folder.
+    cache : Path
+        As in `write_demo`.
 
     Returns
     -------
     DataFrame
-        `index` without the abnormal films that do not show their finding, plus `BOX` in pixels and
-        `finding`, whose box it is: a normal film's would-be finding, so that each finding is compared with
-        normal films that have such boxes.
+        `index` without the films that do not show their finding, plus `BOX` in pixels and `finding`, whose
+        box it is.
 
     Raises
     ------
     ValueError
-        No film shows a finding of this body part, so no box can be drawn for the normal ones.
+        The folder holds no demo data of this version of the renderer.
 
     Notes
     -----
-    A normal film takes the box of a random abnormal one of its body part and view, in relative coordinates;
-    of any view where no film of that view shows a finding.
+    A normal study is built once more with a finding that is drawn as an abnormal study's is. So the boxes of
+    both labels lie on the anatomy alike, and each finding is compared with normal films that have such boxes.
     """
-    seen = truth[["path", "view", "visible", "finding", *BOX]].rename(columns={"view": "taken_from"})
-    films = index.merge(seen, on="path", validate="1:1")
-    films = films[(films.label == 0) | (films.visible == 1)].reset_index(drop=True)
     root = Path(index.attrs["root"])
-    sizes = []
-    for path in films.path:
-        with Image.open(root / path) as image:  # the header alone
-            sizes.append(image.size * 2)
-    size, shown = np.array(sizes, float).reshape(-1, 4), films.label.to_numpy() == 1
-    relative = np.full((len(films), 4), np.nan)
-    relative[shown] = films.loc[shown, BOX].astype(float).to_numpy() / size[shown]
-    for row in np.flatnonzero(~shown):
-        same = shown & (films.body_part == films.body_part[row]).to_numpy()
-        same_view = same & (films.taken_from == films.taken_from[row]).to_numpy()
-        donors = np.flatnonzero(same_view if same_view.any() else same)
-        if not donors.size:
-            raise ValueError(f"No film shows a finding of {films.body_part[row]}: no box can be drawn.")
-        donor = rng.choice(donors)
-        relative[row], films.loc[row, "finding"] = relative[donor], films.finding[donor]
-    boxes = np.rint(relative * size).astype(int)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    films = films.drop(columns=["taken_from", "visible", *BOX])
-    films[BOX] = boxes
+    made, shown, rows = read_manifest(root), set(index["path"]), []
+    how = (made["seed"], made["long_side"], cache / "bones")
+    for study in plan(made["studies"], made["seed"]):
+        if any(f"{study.folder}/image{i}.png" in shown for i in range(1, len(study.views) + 1)):
+            for finding, scene, settings in _abnormal(
+                study, made["seed"], made["long_side"], cache / "bones"
+            ):
+                for i, setting in enumerate(settings, start=1):
+                    if box := finding_box(scene, Projector(scene, setting), shutters(setting)[0]):
+                        rows.append((f"{study.folder}/image{i}.png", finding, *box))
+    films = index.merge(pd.DataFrame(rows, columns=["path", "finding", *BOX]), on="path", validate="1:1")
     films.attrs = dict(index.attrs)
     return films
+
+
+def _abnormal(study: Study, seed: int, long_side: int, bones: Path) -> Iterator[tuple[str, Scene, list]]:
+    """Build a study with its finding, or one that it might have had: once at most."""
+    for attempt in range(20):
+        drawn = study if study.label else with_finding(study, study.rng(seed, 9, attempt))
+        try:
+            scene, settings, _ = set_up(drawn, seed, long_side, bones)
+        except ValueError:  # no view of this study can show that finding: another one is drawn
+            continue
+        yield drawn.finding, scene, settings
+        return
 
 
 def _inside(image: np.ndarray, box: Box) -> Box:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,8 @@ def _study(split: str, patient: int, part: str, number: int, label: int, rng: np
     count = 1 + rng.binomial(3, (MURA[part][4] - 1) / 3)
     first = str(rng.choice(["AP", "OBL", "LAT"], p=[0.5, 0.2, 0.3]))
     views = {1: (first,), 2: ("AP", "LAT"), 3: ("AP", "OBL", "LAT"), 4: ("AP", "OBL", "LAT", first)}[count]
-    finding = str(rng.choice(list(FINDING_FRACTIONS), p=list(FINDING_FRACTIONS.values())))
-    severity, side, digit = float(rng.beta(4, 0.8)), "LR"[rng.integers(2)], int(rng.integers(1, 6))
+    finding, severity = _draw_finding(rng)
+    side, digit = "LR"[rng.integers(2)], int(rng.integers(1, 6))
     return Study(
         split,
         patient,
@@ -171,9 +171,20 @@ def _study(split: str, patient: int, part: str, number: int, label: int, rng: np
         side,
         digit,
         finding if label else "none",
-        round(severity, 3) if label else 0.0,
+        severity if label else 0.0,
         tuple(str(v) for v in views),
     )
+
+
+def _draw_finding(rng: np.random.Generator) -> tuple[str, float]:
+    finding = str(rng.choice(list(FINDING_FRACTIONS), p=list(FINDING_FRACTIONS.values())))
+    return finding, round(float(rng.beta(4, 0.8)), 3)
+
+
+def with_finding(study: Study, rng: np.random.Generator) -> Study:
+    """Plan a study once more, with a finding and a severity that are drawn as in an abnormal one."""
+    finding, severity = _draw_finding(rng)
+    return replace(study, finding=finding, severity=severity)
 
 
 def make_scene(study: Study, seed: int, settings: list[Settings], cache: Path) -> tuple[Scene, str]:

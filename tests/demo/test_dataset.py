@@ -31,6 +31,20 @@ def digests(folder):
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+def test_normal_films_get_boxes_of_findings_that_they_might_have_had(small):
+    """Abnormal films get their own, as truth.csv has it, or leave where no finding is seen."""
+    index, truth = data.load_index(small, quiet=True), pd.read_csv(small / "truth.csv", index_col="path")
+    films = audit.matched_boxes(index, cache_dir()).set_index("path")
+    own = films[films["label"].eq(1)]
+    assert set(own.index) == set(truth.index[truth["visible"].eq(1)])
+    assert (own[audit.BOX] == truth.loc[own.index, audit.BOX]).all(axis=None)
+    normal = films[films["label"].eq(0)]
+    assert len(normal) > 0.8 * index["label"].eq(0).sum()
+    assert len(set(normal["finding"])) > 3 and "none" not in set(normal["finding"])
+    x0, y0, x1, y1 = normal[audit.BOX].to_numpy().T
+    assert ((x0 >= 0) & (y0 >= 0) & (x0 < x1) & (y0 < y1) & (x1 <= ORDER["long_side"])).all()
+
+
 def test_layout_is_muras_and_the_index_reads_it(small):
     index, truth = data.load_index(small, quiet=True), pd.read_csv(small / "truth.csv", keep_default_na=False)
     assert set(truth.path) == set(index.path)
