@@ -138,7 +138,7 @@ def confusion_matrices(predictions: Tables, level: str = "image", threshold: flo
 
 @styled
 def films(rows: pd.DataFrame, root: str | Path | None = None, ncols: int = 4, titles: Any = None) -> Figure:
-    """Show radiographs side by side, framed in their label's colour (chapters 1-4, 13).
+    """Show radiographs side by side, framed in their label's colour (chapters 1-4).
 
     Parameters
     ----------

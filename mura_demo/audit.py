@@ -272,9 +272,7 @@ def matched_boxes(index: pd.DataFrame, cache: Path) -> pd.DataFrame:
     how = (made["seed"], made["long_side"], cache / "bones")
     for study in plan(made["studies"], made["seed"]):
         if any(f"{study.folder}/image{i}.png" in shown for i in range(1, len(study.views) + 1)):
-            for finding, scene, settings in _abnormal(
-                study, made["seed"], made["long_side"], cache / "bones"
-            ):
+            for finding, scene, settings in _abnormal(study, *how):
                 for i, setting in enumerate(settings, start=1):
                     if box := finding_box(scene, Projector(scene, setting), shutters(setting)[0]):
                         rows.append((f"{study.folder}/image{i}.png", finding, *box))

@@ -1,4 +1,4 @@
-"""The PyTorch half's models: backbones, KN's heads, classifiers; saving and loading (room: torch_tools).
+"""The PyTorch half's models: backbones, KN's heads, classifiers, heat maps; saved models (room: torch_tools).
 
 Writes only where torch keeps downloaded weights, and where `runs` asks for a model's file. Importing it tells
 `runs` how torch modules are saved. Chapter 7 explains frozen backbones and heads.
@@ -290,6 +290,39 @@ def classifier(
 
 resnet18 = partial(classifier, "ResNet18")
 """KN's model: ResNet18 without its top and a new head, for images of 256 x 256 px (KN 2.1, 2.2)."""
+
+
+# Heat maps --------------------------------------------------------------------------------------
+
+
+def grad_cam(
+    top: nn.Module, maps: torch.Tensor, output: int | torch.Tensor = 0, elementwise: bool = False
+) -> torch.Tensor:
+    """Grad-CAM: where the maps of a layer raise an output of what stands above it (chapter 13).
+
+    Parameters
+    ----------
+    top : nn.Module
+        Maps to logits, in evaluation mode: ``nn.Sequential(model.parts[1], model.head)`` of an
+        `ImageClassifier` that was frozen up to one of its backbone's blocks.
+    maps : Tensor
+        float32 (n, channels, height, width), what ``model.parts[0]`` makes of n images.
+    output : int or Tensor
+        Which logit; a tensor (n,) of int64 names one an image. 0 is "abnormal", also where there are eight.
+    elementwise : bool
+        Multiply each value of a map by its own gradient (HiResCAM), not by the channel's mean gradient.
+
+    Returns
+    -------
+    Tensor
+        float32 (n, height, width), 0 or more; all zero where nothing raises the output.
+    """
+    maps = maps.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        chosen = top(maps)[torch.arange(len(maps)), output]
+        (slope,) = torch.autograd.grad(chosen.sum(), maps)
+    weight = slope if elementwise else slope.mean(dim=(2, 3), keepdim=True)
+    return (weight * maps).sum(dim=1).relu().detach()
 
 
 # Saved models -----------------------------------------------------------------------------------

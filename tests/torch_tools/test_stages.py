@@ -83,9 +83,6 @@ def test_a_specialist_learns_and_is_tested_on_its_part_alone_also_without_dev(fi
     few = Stage(steps=5, learning_rate=0.01, fraction=0.5)  # 12 train images: two batches instead of three
     counted = [run(films, stage) for stage in (few, to_the_end)]
     assert [found.info["epochs"] for found in counted] == [3, 2]
-
-
-def test_what_cannot_be_learned_is_refused(films):
     with pytest.raises(TrainingError, match="no dev image to stop by.*patience=None"):
         run(films[films["split"].ne("dev")], LABEL)
     with pytest.raises(TrainingError, match="neither dropout nor a plateau"):
