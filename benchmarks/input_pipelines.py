@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -118,22 +117,30 @@ def drain(stream: Iterator, seconds: float, pause: float = 0.0) -> tuple[float, 
     return images / total, waited / total, 1000 * (cpu_seconds() - worked) / images
 
 
-def cpu_seconds() -> float:
-    """Processor time of this process and its children so far; NaN where /proc does not tell."""
-    ticks = 0
+def family() -> list[Path]:
+    """Folders in /proc of this process and its living children; empty where there is no /proc."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # a process that has just ended
-            pid, fields = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
-            if os.getpid() in (pid, int(fields[1])):
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK") if ticks else float("nan")
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if os.getpid() in (int(stat.parent.name), parent):
+                found.append(stat.parent)
+    return found
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its children so far; NaN where /proc does not tell."""
+    stats = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in family()]
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in stats)
+    return ticks / os.sysconf("SC_CLK_TCK") if stats else float("nan")
 
 
 def peak_memory() -> float:
-    """Peak resident memory of this process plus that of its largest child, in MB."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) / unit
+    """Peak resident memory of this process plus its largest living child's, in MB; NaN without /proc."""
+    peaks = {folder.name: (folder / "status").read_text() for folder in family()}
+    peaks = {pid: int(text.partition("VmHWM:")[2].split()[0]) / 1e3 for pid, text in peaks.items()}
+    own = peaks.pop(str(os.getpid()), float("nan"))
+    return own + max(peaks.values(), default=0.0)
 
 
 def serve(name: str, folder: Path) -> None:
