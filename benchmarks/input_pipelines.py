@@ -1,12 +1,11 @@
-"""Races the input pipelines of chapter 4: ImageDataGenerator, tf.data, torchvision's DataLoader, `Batches`.
+"""Races the input pipelines of chapter 4: its peers, whose cells are taken from the chapter, and `Batches`.
 
     python benchmarks/input_pipelines.py [--films 512] [--rounds 5] [--seconds 3]
 
 All deliver KL's "train augmented" (224 px, RGB float32 in 0..1, batches of 64, rotation up to 30 degrees,
 flip) from the same PNG films, written to a temporary folder, which is all that this writes. Each pipeline
 lives in a process of its own; the rounds take turns, so that whatever else the machine does falls on all
-alike, and those that wait for their turn are halted (not on Windows). tf.data has no rotation operation:
-its rotation is Keras' RandomRotation layer, on the batch.
+alike, and those that wait for their turn are halted (not on Windows).
 
 Prints images/s (median over the rounds), the ratios, the processor time that an image costs (Linux; other
 load changes it least), each process's peak memory, and the fraction of its time that a consumer of 2,000
@@ -17,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -33,14 +32,21 @@ import numpy as np
 import pandas as pd
 
 SIZE, BATCH, ROTATION, CONSUMER = 224, 64, 30.0, 2000
-TITLES = {
-    "imagedatagenerator": "tf.keras ImageDataGenerator",
-    "tfdata": "tf.data (AUTOTUNE)",
-    "torchvision": "torchvision + DataLoader, 2 workers",
-    "batches": "Batches -> NumPy, 2 workers",
-    "batches_keras": "Batches.keras() -> tf.Tensor",
-    "batches_torch": "Batches.torch() -> torch tensor",
-}
+CHAPTER = Path(__file__).resolve().parents[1] / "book" / "04_input_pipelines.ipynb"
+PEERS = (
+    "ImageDataGenerator (KL)",
+    "tf.data",
+    "tf.data, cached",
+    "torchvision",
+    "torchvision, decoded",
+)
+OURS = ("Batches", "Batches.keras()", "Batches.torch()")
+# Ours, the peer that it is compared with, and how many times faster it should be.
+TARGETS = (
+    ("Batches", "ImageDataGenerator (KL)", 25),
+    ("Batches.keras()", "tf.data, cached", 3),
+    ("Batches.torch()", "torchvision, decoded", 6),
+)
 
 
 def write_films(folder: Path, count: int) -> None:
@@ -50,15 +56,16 @@ def write_films(folder: Path, count: int) -> None:
         shape = (320, int(rng.integers(200, 320)))
         blobs = cv2.resize(rng.random((10, 8), np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC)
         film = np.clip(200 * blobs + rng.normal(0, 3, shape), 0, 255).astype(np.uint8)
-        place = folder / "films" / str(number % 2)
+        place = folder / "train" / str(number % 2)
         place.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(place / f"{number:05d}.png"), film)
 
 
 def film_index(folder: Path) -> pd.DataFrame:
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("films/*/*.png"))
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("train/*/*.png"))
     index = pd.DataFrame({"path": paths, "split": "train", "body_part": "HAND"})
     index["label"] = [int(path[6]) for path in paths]
+    index["file"] = [str(folder / path) for path in paths]
     index.attrs = {"root": str(folder), "name": "synthetic", "is_demo": True}
     return index
 
@@ -66,80 +73,29 @@ def film_index(folder: Path) -> pd.DataFrame:
 # --- The pipelines: each an endless iterator over (x, y) ----------------------------------------------
 
 
-def imagedatagenerator(folder: Path) -> Iterator:
-    import tensorflow as tf
-
-    generator = tf.keras.preprocessing.image.ImageDataGenerator(
-        rescale=1 / 255, rotation_range=ROTATION, horizontal_flip=True
-    )
-    return generator.flow_from_directory(
-        str(folder / "films"), target_size=(SIZE, SIZE), batch_size=BATCH, class_mode="binary", seed=0
-    )
+def peer(name: str, films: pd.DataFrame) -> Iterator:
+    """One of the chapter's, made by its cells with the tag "pipelines"."""
+    known: dict = {"SIZE": SIZE, "BATCH": BATCH, "DEGREES": ROTATION}
+    for cell in json.loads(CHAPTER.read_text("utf-8"))["cells"]:
+        if "pipelines" in cell["metadata"].get("tags", ()):
+            exec("".join(cell["source"]), known)
+    return endless(known["PEERS"][name](films))
 
 
-def tfdata(folder: Path) -> Iterator:
-    import keras
-    import tensorflow as tf
-
-    rotate = keras.layers.RandomRotation(ROTATION / 360, fill_mode="nearest", interpolation="bilinear")
-    index = film_index(folder)
-
-    def load(path, label):
-        image = tf.io.decode_png(tf.io.read_file(path), channels=3)
-        image = tf.image.resize(image, (SIZE, SIZE)) / 255.0
-        return tf.image.random_flip_left_right(image), label
-
-    files = tf.data.Dataset.from_tensor_slices(([str(folder / p) for p in index["path"]], index["label"]))
-    films = files.shuffle(len(index), seed=0).repeat().map(load, num_parallel_calls=tf.data.AUTOTUNE)
-    batches = films.batch(BATCH).map(lambda x, y: (rotate(x, training=True), y), tf.data.AUTOTUNE)
-    return iter(batches.prefetch(tf.data.AUTOTUNE))
-
-
-def torchvision(folder: Path) -> Iterator:
-    import torch
-    from torchvision import datasets, transforms
-
-    torch.manual_seed(0)
-    steps = [
-        transforms.Resize((SIZE, SIZE)),
-        transforms.RandomRotation(ROTATION, transforms.InterpolationMode.BILINEAR),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-    ]
-    films = datasets.ImageFolder(str(folder / "films"), transforms.Compose(steps))
-    endless = torch.utils.data.RandomSampler(films, replacement=True, num_samples=10**9)
-    return iter(torch.utils.data.DataLoader(films, BATCH, sampler=endless, num_workers=2))
-
-
-def ours(folder: Path):
+def ours(name: str, films: pd.DataFrame) -> Iterator:
     from mura_course import data
 
-    index = film_index(folder)
-    index = pd.concat([index] * 8)  # so that an epoch, which ends with idle threads, is as long as real ones
+    index = pd.concat([films] * 8)  # so that an epoch, which ends with idle threads, is as long as real ones
     store = data.PixelStore.open_or_build(index, SIZE, progress=False)
-    return data.Batches(store, index, BATCH, shuffle=True, augment=data.KL_AUGMENT, drop_last=True)
+    made = data.Batches(store, index, BATCH, shuffle=True, augment=data.KL_AUGMENT, drop_last=True)
+    return endless(
+        {"Batches": lambda: made, "Batches.keras()": made.keras, "Batches.torch()": made.torch}[name]()
+    )
 
 
 def endless(batches) -> Iterator:
     while True:
         yield from batches
-
-
-def batches(folder: Path) -> Iterator:
-    return endless(ours(folder))
-
-
-def batches_keras(folder: Path) -> Iterator:
-    import tensorflow as tf
-
-    films = ours(folder)
-    image, label = tf.TensorSpec((None, SIZE, SIZE, 3), tf.float32), tf.TensorSpec((None,), tf.float32)
-    data = tf.data.Dataset.from_generator(lambda: endless(films), output_signature=(image, label))
-    return iter(data.prefetch(tf.data.AUTOTUNE))  # what `fit` makes of a PyDataset
-
-
-def batches_torch(folder: Path) -> Iterator:
-    return endless(ours(folder).torch())
 
 
 # --- Measuring ----------------------------------------------------------------------------------------
@@ -161,30 +117,40 @@ def drain(stream: Iterator, seconds: float, pause: float = 0.0) -> tuple[float, 
     return images / total, waited / total, 1000 * (cpu_seconds() - worked) / images
 
 
-def cpu_seconds() -> float:
-    """Processor time of this process and its children so far; NaN where /proc does not tell."""
-    ticks = 0
+def family() -> list[Path]:
+    """Folders in /proc of this process and its living children; empty where there is no /proc."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # a process that has just ended
-            pid, fields = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
-            if os.getpid() in (pid, int(fields[1])):
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK") if ticks else float("nan")
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if os.getpid() in (int(stat.parent.name), parent):
+                found.append(stat.parent)
+    return found
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its children so far; NaN where /proc does not tell."""
+    stats = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in family()]
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in stats)
+    return ticks / os.sysconf("SC_CLK_TCK") if stats else float("nan")
 
 
 def peak_memory() -> float:
-    """Peak resident memory of this process plus that of its largest child, in MB."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) / unit
+    """Peak resident memory of this process plus its largest living child's, in MB; NaN without /proc."""
+    peaks = {folder.name: (folder / "status").read_text() for folder in family()}
+    peaks = {pid: int(text.partition("VmHWM:")[2].split()[0]) / 1e3 for pid, text in peaks.items()}
+    own = peaks.pop(str(os.getpid()), float("nan"))
+    return own + max(peaks.values(), default=0.0)
 
 
 def serve(name: str, folder: Path) -> None:
     """Answer each line on standard input, "SECONDS PAUSE", with a line "RATE WAIT CPU MEGABYTES"."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the libraries print to standard output, too
-    stream = globals()[name](folder)
-    x, _ = next(stream)
+    films = film_index(folder)
+    stream = (peer if name in PEERS else ours)(name, films)
+    for _ in range(len(films) // BATCH + 4):  # one epoch first: caches are full
+        x, _ = next(stream)
     shape = tuple(x.shape)
     assert shape in {(BATCH, SIZE, SIZE, 3), (BATCH, 3, SIZE, SIZE)} and "float32" in str(x.dtype), shape
     print("ready", file=answers, flush=True)
@@ -228,10 +194,10 @@ def awake(process: subprocess.Popen, wanted: bool) -> None:
 
 def race(folder: Path, rounds: int, seconds: float) -> pd.DataFrame:
     """One row per pipeline: images/s (median, lowest, highest), CPU ms, a consumer's wait, MB."""
-    processes = {name: start(name, folder) for name in TITLES}
-    rates: dict[str, list] = {name: [] for name in TITLES}
-    waits: dict[str, list] = {name: [] for name in TITLES}
-    costs: dict[str, list] = {name: [] for name in TITLES}
+    processes = {name: start(name, folder) for name in PEERS + OURS}
+    rates: dict[str, list] = {name: [] for name in PEERS + OURS}
+    waits: dict[str, list] = {name: [] for name in PEERS + OURS}
+    costs: dict[str, list] = {name: [] for name in PEERS + OURS}
     memory = {}
     for _ in range(rounds):
         for name, process in processes.items():
@@ -260,26 +226,17 @@ def race(folder: Path, rounds: int, seconds: float) -> pd.DataFrame:
 
 def report(table: pd.DataFrame) -> str:
     rate = table["images/s"]
-    shown = table.rename(TITLES)
-    for name, column in (("imagedatagenerator", "x IDG"), ("torchvision", "x torchvision")):
-        shown[column] = (rate / rate[name]).to_numpy()
+    shown = table.assign(**{"x ImageDataGenerator": rate / rate[PEERS[0]]})
     shown = shown.round({"images/s": 0, "lowest": 0, "highest": 0, "peak MB": 0, "CPU ms": 2}).round(2)
-    lines = [
-        shown.to_string(),
-        f"\nwait %: of the time of a consumer of {CONSUMER:,} images/s; medians over interleaved rounds",
-        *(
-            compare(table, *pair)
-            for pair in (("batches", "imagedatagenerator", 25), ("batches_torch", "torchvision", 6))
-        ),
-    ]
-    return "\n".join(lines)
+    waits = f"\nwait %: of the time of a consumer of {CONSUMER:,} images/s; medians over interleaved rounds"
+    return "\n".join([shown.to_string(), waits, *(compare(table, *target) for target in TARGETS)])
 
 
 def compare(table: pd.DataFrame, ours: str, theirs: str, target: int) -> str:
     medians, best = (
         table.loc[ours, column] / table.loc[theirs, column] for column in ("images/s", "highest")
     )
-    return f"{TITLES[ours]}: {medians:.1f} x {TITLES[theirs]} (best rounds {best:.1f}; target {target})"
+    return f"{ours}: {medians:.1f} x {theirs} (best rounds {best:.1f}; target {target})"
 
 
 def main() -> None:
@@ -287,7 +244,7 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--serve", choices=TITLES, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=PEERS + OURS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:

@@ -190,13 +190,15 @@ def fit(
     DiskError
         No room for a checkpoint.
     """
-    on, watched = _dataset(model, train), _dataset(model, dev)
+    for batches in (train, dev):
+        data.check_scale(getattr(model, "expected_scale", None), batches)
+    on, watched = train.keras(), dev.keras()
     checkpoint = Checkpoint(model, workdir, callbacks, on)
     first = checkpoint.restore(epochs)
     with tqdm(total=len(on) * epochs, initial=len(on) * first, leave=False) as bar:
         progress = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: bar.update())
         options: Any = {"validation_data": watched, "epochs": epochs, "initial_epoch": first, "verbose": 0}
-        # `Batches` shuffles; Keras would mix once more, by a state that cannot be kept.
+        # `Batches` shuffles; Keras cannot, and would warn.
         model.fit(on, shuffle=False, callbacks=[*callbacks, checkpoint, progress], **options)
     return pd.DataFrame(checkpoint.history)
 
@@ -217,17 +219,6 @@ def predict(model: keras.Model, batches: data.Batches) -> pd.DataFrame:
     return rows.assign(**dict(parts))
 
 
-def _dataset(model: keras.Model, batches: data.Batches) -> Any:
-    """Make a PyDataset of the batches."""
-    data.check_scale(getattr(model, "expected_scale", None), batches)
-    dataset = batches.keras()
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        # Keras 3.15 looks at the data of a model on several devices before it trains; with several workers
-        # this takes batches away from the first epoch.
-        dataset.workers = 1
-    return dataset
-
-
 COUNTED = ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")  # by Keras's callbacks
 
 
@@ -245,8 +236,8 @@ class Checkpoint(keras.callbacks.Callback):
         Where the file goes; None: nowhere.
     others : sequence of keras.callbacks.Callback
         The callbacks that run before this one.
-    train : PyDataset
-        Its `set_epoch` is called before each epoch.
+    train : tf.data.Dataset
+        Of `Batches.keras`; its `set_epoch` is called before each epoch.
 
     Notes
     -----

@@ -181,27 +181,28 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def test_keras_sees_every_epoch_once(index, store):
+@pytest.mark.parametrize("scale", data.SCALES)
+def test_keras_sees_every_epoch_once_and_the_pixels_that_numpy_sees(index, store, scale):
     keras = pytest.importorskip("keras")
-    batches = Batches(store, index, 6, shuffle=True, augment=KL_AUGMENT, seed=4)
-    dataset, sums = batches.keras(), []
-    assert isinstance(dataset, keras.utils.PyDataset) and len(dataset) == 4
-    data.check_scale("0..1", dataset)
+    batches, seen = Batches(store, index, 6, shuffle=True, augment=KL_AUGMENT, seed=4, scale=scale), []
+    dataset = batches.keras()
+    data.check_scale(scale, dataset)
 
     class Watch(keras.Model):
         def train_step(self, batch):
-            sums.append(float(np.asarray(batch[0], np.float64).sum()))
+            seen.append([part.numpy() for part in batch])
             return {"loss": 0.0}
 
     model = Watch()
     model.compile("sgd", "mse", run_eagerly=True)
     model.fit(dataset, epochs=2, shuffle=False, verbose=0)
-    expected = [float(x.sum(dtype=np.float64)) for _ in range(2) for x, _ in batches]
-    assert np.allclose(sums, expected, rtol=1e-5) and dataset.batches.epoch == 2
+    assert dataset.batches.epoch == 2 and len(dataset) == 4
     dataset.set_epoch(1)
-    sums.clear()
     model.fit(dataset, initial_epoch=1, epochs=2, shuffle=False, verbose=0)
-    assert np.allclose(sums, expected[4:], rtol=1e-5)
+    expected = [batch for _ in range(2) for batch in batches]
+    for (x, y), (pixels, labels) in zip(seen, [*expected, *expected[4:]], strict=True):
+        assert x.dtype == np.float32 and np.allclose(x, pixels, rtol=0, atol=1e-6 if scale != "0..255" else 0)
+        assert np.array_equal(y, labels)
 
 
 def test_torch_sees_every_epoch_once(index, store, torch):
