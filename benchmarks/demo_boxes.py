@@ -62,7 +62,8 @@ def main() -> None:
     shown = pd.Series(table).unstack()[list(WAYS)]
     RESULTS.parent.mkdir(exist_ok=True)
     shown.to_csv(RESULTS)
-    print(f"{index.attrs['name']}, test, image level; {run.info['name']}, {run.info['weights']} weights")
+    print(f"{index.attrs['name']}, test, image level, AUROC within body part")
+    print(f"{run.info['name']}, {run.info['weights']} weights")
     print(shown.to_string())
 
 

@@ -197,7 +197,7 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
     `data`, `profile`, `weights`, `epochs`, `seconds`, `finished`, and the scores on the test set, by image:
     `accuracy`, `auroc`, `kappa`.
     """
-    rows, roots = [], [_root(root)] if root else [_root(None), paths.recorded_runs()]
+    rows, roots = [], [own_runs(root)] if root else [own_runs(), paths.recorded_runs()]
     for folder in (folder for place in roots for folder in sorted(place.glob("*/*/[!.]*/"))):
         row: dict[str, Any] = {"run": "/".join(folder.parts[-3:]), "recorded": _is_recorded(folder)}
         try:
@@ -263,7 +263,8 @@ def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Pr
     return dict(zip(IDENTITY, values, strict=True))
 
 
-def _root(root: str | Path | None) -> Path:
+def own_runs(root: str | Path | None = None) -> Path:
+    """Return the folder of the reader's own runs: `root`, else ``MURA_RUNS``, else in the cache folder."""
     chosen = os.environ.get(VARIABLE)
     own = None if chosen in ("new", "record") else chosen
     return paths.absolute(root or own or paths.cache_dir() / "runs")
@@ -273,7 +274,7 @@ def _folder(identity: dict, root: str | Path | None) -> Path:
     source = json.dumps([identity["config"], identity["weights"]], sort_keys=True)
     key = hashlib.sha256(source.encode()).hexdigest()[:8]
     data_folder = f"{identity['data']}-{identity['fingerprint'][:8]}"
-    return _root(root) / data_folder / identity["profile"] / f"{identity['name']}-{key}"
+    return own_runs(root) / data_folder / identity["profile"] / f"{identity['name']}-{key}"
 
 
 # Recorded ones ----------------------------------------------------------------------------------
