@@ -197,7 +197,7 @@ def list_runs(root: str | Path | None = None) -> pd.DataFrame:
     `data`, `profile`, `weights`, `epochs`, `seconds`, `finished`, and the scores on the test set, by image:
     `accuracy`, `auroc`, `kappa`.
     """
-    rows, roots = [], [own_runs(root)] if root else [own_runs(), paths.recorded_runs()]
+    rows, roots = [], [_root(root)] if root else [_root(), paths.recorded_runs()]
     for folder in (folder for place in roots for folder in sorted(place.glob("*/*/[!.]*/"))):
         row: dict[str, Any] = {"run": "/".join(folder.parts[-3:]), "recorded": _is_recorded(folder)}
         try:
@@ -230,7 +230,7 @@ def finished(index: pd.DataFrame, profile: profiles.Profile) -> list[Run]:
         A run is damaged.
     """
     identity = _identity("any", {}, index, profile, "random")
-    roots = [_root(None)] + [paths.recorded_runs()] * (os.environ.get(VARIABLE) != "new")
+    roots = [_root()] + [paths.recorded_runs()] * (os.environ.get(VARIABLE) != "new")
     folders = [_folder(identity, root).parent for root in roots]
     found = {file.parent.name: file.parent for f in folders[::-1] for file in f.glob("[!.]*/run.json")}
     return [load(folder) for folder in sorted(found.values(), key=lambda run: (_is_recorded(run), run.name))]
@@ -263,7 +263,7 @@ def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Pr
     return dict(zip(IDENTITY, values, strict=True))
 
 
-def own_runs(root: str | Path | None = None) -> Path:
+def _root(root: str | Path | None = None) -> Path:
     """Return the folder of the reader's own runs: `root`, else ``MURA_RUNS``, else in the cache folder."""
     chosen = os.environ.get(VARIABLE)
     own = None if chosen in ("new", "record") else chosen
@@ -274,7 +274,7 @@ def _folder(identity: dict, root: str | Path | None) -> Path:
     source = json.dumps([identity["config"], identity["weights"]], sort_keys=True)
     key = hashlib.sha256(source.encode()).hexdigest()[:8]
     data_folder = f"{identity['data']}-{identity['fingerprint'][:8]}"
-    return own_runs(root) / data_folder / identity["profile"] / f"{identity['name']}-{key}"
+    return _root(root) / data_folder / identity["profile"] / f"{identity['name']}-{key}"
 
 
 # Recorded ones ----------------------------------------------------------------------------------
