@@ -87,16 +87,14 @@ def test_rapidocr_reads_what_strokes_alone_would_miss_and_no_bone():
     pytest.importorskip("rapidocr")
     detector, plain = get_detector("rapidocr"), film()
     faint, where = write_on(plain, "12/04/2009", (5, 312), 0.45, level=60, thick=1)
-    metal, _ = write_on(np.zeros_like(plain), "RJB", (85, 150), 1, 240, 7)  # fat letters touch, on the bone
-    marked = np.maximum(faint, metal)
+    marked = write_on(faint, "RJB", (85, 150), 1, 240, 7)[0]  # fat letters that touch, on the bone
     found = detector(marked)
     assert {box.source for box in found.boxes} <= {"rapidocr", "strokes"}
     assert detector.versions.keys() == {"letters", "strokes", "opencv", "rapidocr", "onnxruntime"}
     assert any("2009" in box.text and box.score >= rapid.SCORE for box in found.boxes)
     assert (found.mask & where).sum() > 0.7 * where.sum()
     for lying in (marked, marked[:, ::-1], np.rot90(marked), np.rot90(marked, 3)):  # mirrored, or turned
-        letters, mask = lying == 240, detector(np.ascontiguousarray(lying)).mask
-        assert (mask & letters).sum() > 0.95 * letters.sum()
+        assert detector(np.ascontiguousarray(lying)).mask[lying == 240].mean() > 0.95
     assert not found.mask[180:280, 70:170].any()
     with ThreadPoolExecutor(2) as pool:  # one detector serves all threads
         masks = [other.mask for other in pool.map(detector, [marked, plain] * 5)]
