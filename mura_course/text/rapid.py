@@ -9,10 +9,15 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .boxes import BORDER, Found, from_border, grey
+from .boxes import Found, grey
 from .strokes import NEIGHBOURS, Strokes, grey_range, top_hat
 
-SIDE = 512  # pixels of the longest side, as the first network sees a film
+SIDE = 736  # pixels of the longest side, as the first network sees a film
+TALLEST = 0.2  # of a box, as a fraction of the film's longest side
+CROWDED = 0.35  # letters fill no more of a box
+BLURRED = cv2.getStructuringElement(
+    cv2.MORPH_ELLIPSE, (7, 7)
+)  # fat letters lie in the beam: their rim is wide
 SCORE = 0.8  # a reading less certain than this is none
 
 
@@ -20,8 +25,8 @@ class RapidOCR:
     """The detector "rapidocr", some tenths of a second a film.
 
     RapidOCR's boxes alone would not do: bones and screws are boxed as well. So a box counts only where it has
-    a marker's height, lies near the border and is read as letters or digits with certainty; and of a box that
-    counts, only the strokes are repainted.
+    a marker's height and is read as letters or digits with certainty, wherever it lies; and of a box that
+    counts, only the letters are repainted.
 
     Parameters
     ----------
@@ -38,7 +43,9 @@ class RapidOCR:
 
     def __init__(self, threads: int = 0) -> None:
         self._strokes = Strokes()
-        self.versions = self._strokes.versions | {p: version(p) for p in ("rapidocr", "onnxruntime")}
+        # The first is raised by hand where the masks change: then the films are other data.
+        self.versions = {"letters": "1", **{p: version(p) for p in ("rapidocr", "onnxruntime")}}
+        self.versions |= self._strokes.versions
         from rapidocr import RapidOCR as Engine
 
         options = {"Global.log_level": "critical", "Global.text_score": 0.0}
@@ -50,36 +57,53 @@ class RapidOCR:
     def __call__(self, image: np.ndarray) -> Found:
         """Find text in `image`, uint8 (H, W) or (H, W, 3) RGB."""
         film = grey(image)
-        found, hat, boxes = self._strokes(film), top_hat(film), self.read(film)
-        mask, read = found.mask.copy(), np.zeros(film.shape, np.uint8)
+        found, boxes = self._strokes(film), self.read(film)
+        mask, read = found.mask.copy(), np.zeros(film.shape, bool)
         for box in boxes:
-            filled = np.zeros(film.shape, np.uint8)
-            cv2.fillPoly(filled, [np.round(box).astype(np.int32)], [1])
-            inside, read = filled > 0, read | filled
-            gaps = inside & ~(found.mask & inside).any(axis=0)
-            if gaps.any(axis=0).sum() > 0.15 * inside.any(axis=0).sum():
-                # It is read, so there is text, however faint: a threshold of its own where no stroke is yet.
-                peak = np.percentile(hat[inside], 95)
-                faint = inside & (hat >= max(0.35 * peak, 0.04 * grey_range(film)))
-                mask |= (cv2.dilate(faint.astype(np.uint8), NEIGHBOURS) > 0) & gaps
+            inside = cv2.fillPoly(np.zeros_like(film), [np.round(box).astype(np.int32)], [1]) > 0
+            mask, read = mask | _letters(film, inside), read | inside
         unread = [box for box in found.boxes if not read[tuple(box.mean(axis=0).astype(int)[::-1])]]
         return Found(boxes + unread, mask)
 
     def read(self, film: np.ndarray) -> list[np.ndarray]:
-        """Boxes of a marker's height near the border of a grey film that are read as letters or digits."""
+        """Boxes of a marker's height in a grey film that are read as letters or digits."""
         scale, boxes = SIDE / max(film.shape), []
         large = cv2.resize(film, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
         found: Any = self._finder(large, use_cls=False, use_rec=False)
         for corners in [] if found.boxes is None else np.float32(found.boxes) / scale:
-            height = np.linalg.norm(corners[3] - corners[0])
-            extent = np.array([[*corners.min(axis=0), *corners.max(axis=0)]])
-            if height > 0.16 * max(film.shape) or from_border(extent, film.shape)[0] > BORDER:
-                continue
-            (x0, y0), (x1, y1) = extent[0, :2].clip(0).astype(int), np.ceil(extent[0, 2:]).astype(int)
-            result: Any = self._reader(film[y0:y1, x0:x1], use_det=False, use_cls=False)
-            word, score = (result.txts[0], float(result.scores[0])) if result.txts else ("", 0.0)
-            letters = [c for c in word if c.isascii() and c.isalnum()]
-            # Of single letters only the side's: a screw reads as 1.
-            if score >= SCORE and (len(letters) > 1 or letters in (["L"], ["R"])):
+            (x0, x1), (y0, y1) = ((max(0, int(c.min())), int(np.ceil(c.max()))) for c in corners.T)
+            is_low = min(cv2.minAreaRect(corners)[1]) <= TALLEST * max(film.shape)
+            if is_low and self._is_read(film[y0:y1, x0:x1]):
                 boxes.append(corners)
         return boxes
+
+    def _is_read(self, crop: np.ndarray) -> bool:
+        """Whether letters or digits are read: as they lie, mirrored, or turned, as letters of metal may be."""
+        for number, view in enumerate((crop, crop[:, ::-1], np.rot90(crop), np.rot90(crop, -1))):
+            read: Any = self._reader(np.ascontiguousarray(view), use_det=False, use_cls=False)
+            word, score = (read.txts[0], float(read.scores[0])) if read.txts else ("", 0.0)
+            letters = "".join(c for c in word if c.isascii() and c.isalnum())
+            # Of single letters only the side's: a screw reads as 1. Turned, a comb of screws reads as TTT.
+            if score >= SCORE and (letters[:1] in ("L", "R") or (number == 0 and len(letters) > 1)):
+                return True
+        return False
+
+
+def _letters(film: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Pixels of the letters in a box that was read, and their rim: bool (H, W).
+
+    They are thin, stand out, and share one grey. Where so many pixels do that bone must be among them, the
+    greys taken for one are fewer.
+    """
+    (y0, y1), (x0, x1) = (np.flatnonzero(box.any(axis=axis))[[0, -1]] for axis in (1, 0))
+    hat, span = top_hat(film, 0.35 * min(y1 - y0 + 1, x1 - x0 + 1)), grey_range(film)
+    peak, box = np.percentile(hat[box], 95), cv2.dilate(box.astype(np.uint8), NEIGHBOURS) > 0
+    greys = np.convolve(np.bincount(film[box & (hat >= 0.5 * peak)], minlength=256), np.ones(7), "same")
+    apart, thin = np.abs(film - float(greys.argmax())), box & (hat >= max(0.3 * peak, 0.04 * span))
+    alike = [thin & (apart <= part * span) for part in (0.2, 0.12, 0.06, 0.03)]
+    letters = next((some for some in alike if some.sum() <= CROWDED * box.sum()), alike[-1]).astype(np.uint8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(letters, connectivity=8)
+    letters *= (stats[:, cv2.CC_STAT_AREA] >= 10)[labels]
+    depth = cv2.distanceTransform(letters, cv2.DIST_L2, 3)
+    is_fat = letters.any() and np.percentile(depth[depth > 0], 90) >= 1.8
+    return cv2.dilate(letters, BLURRED if is_fat else NEIGHBOURS) > 0

@@ -72,9 +72,9 @@ class Strokes:
         return Found([np.array(four, np.float32) for four in corners], mask)
 
 
-def top_hat(film: np.ndarray) -> np.ndarray:
-    """uint8 (H, W): how far each pixel stands out from what remains when thin bright things are removed."""
-    side = max(5, round(HAT * max(film.shape))) | 1
+def top_hat(film: np.ndarray, width: float = 0.0) -> np.ndarray:
+    """uint8 (H, W): how far pixels stand out from the film without what is bright and below `width` px."""
+    side = max(5, round(width or HAT * max(film.shape))) | 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     return cv2.morphologyEx(film, cv2.MORPH_TOPHAT, kernel)
 
