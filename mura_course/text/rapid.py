@@ -78,7 +78,7 @@ class RapidOCR:
         return boxes
 
     def _is_read(self, crop: np.ndarray) -> bool:
-        """Whether letters or digits are read: as they lie, mirrored, or turned, as letters of metal may be."""
+        """Whether letters or digits are read, also mirrored or turned: letters of metal may lie so."""
         for number, view in enumerate((crop, crop[:, ::-1], np.rot90(crop), np.rot90(crop, -1))):
             read: Any = self._reader(np.ascontiguousarray(view), use_det=False, use_cls=False)
             word, score = (read.txts[0], float(read.scores[0])) if read.txts else ("", 0.0)
