@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[1]
-MOST_CODE = 3004  # what it has, with floors and recorded runs. The goal is 2,500: it may only fall
+MOST_CODE = 3002  # what it has, with floors and recorded runs. The goal is 2,500: it may only fall
 MOST_TESTS = 5_000
 SILENT = {getattr(tokenize, name) for name in ["COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"]}
 
