@@ -15,9 +15,7 @@ from .strokes import NEIGHBOURS, Strokes, grey_range, top_hat
 SIDE = 736  # pixels of the longest side, as the first network sees a film
 TALLEST = 0.2  # of a box, as a fraction of the film's longest side
 CROWDED = 0.35  # letters fill no more of a box
-BLURRED = cv2.getStructuringElement(
-    cv2.MORPH_ELLIPSE, (7, 7)
-)  # fat letters lie in the beam: their rim is wide
+BLURRED = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))  # the rim of letters in the beam is wide
 SCORE = 0.8  # a reading less certain than this is none
 
 
