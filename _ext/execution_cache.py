@@ -69,7 +69,8 @@ def finished_runs() -> list[str]:
     from mura_course import runs
 
     table = runs.list_runs()
-    return sorted(table.loc[table["state"].eq("finished"), "run"] + table["finished"])
+    finished = table[table["state"].eq("finished")]  # an interrupted run has no such time
+    return sorted(finished["run"] + finished["finished"])
 
 
 def library_versions() -> list[str]:
