@@ -58,7 +58,13 @@ def execution_key() -> str:
 
     profile, index = chapter.start()
     folders = [Path(spec.origin).parent for name in PACKAGES if (spec := find_spec(name)) and spec.origin]
-    values = [profile.name, index.attrs["root"], data.fingerprint(index), sys.version, *library_versions()]
+    values = [
+        profile.name,
+        index.attrs["root"],
+        data.fingerprint(index),
+        sys.version,
+        *versions_of_libraries(),
+    ]
     values.append(f"recorded runs ignored: {os.environ.get('MURA_RUNS') == 'new'}")
     recorded = sorted(paths.recorded_runs().glob(f"*/{profile.name}/[!.]*/run.json"))
     return digest([*folders, *recorded], *values)[:16]
@@ -73,7 +79,7 @@ def finished_runs() -> list[str]:
     return sorted(finished["run"] + finished["finished"])
 
 
-def library_versions() -> list[str]:
+def versions_of_libraries() -> list[str]:
     """Name and version of each library that the package asks for, or "absent" instead of the version."""
     found = set()
     for requirement in map(Requirement, requires("mura-course") or []):

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def atomic(path: Path, variable: str = "MURA_CACHE") -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with named(path, variable):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(beside)  # left by a killed process of this number
+        for old in path.parent.glob(f".{path.name}.*.part"):  # left by killed processes, one of this number
+            with contextlib.suppress(FileNotFoundError):  # its own process has just renamed it
+                if old == beside or time.time() - old.lstat().st_mtime > 86_400:  # seconds: a day
+                    remove(old)
         try:
             yield beside
             beside.replace(path)

@@ -140,7 +140,7 @@ def fit_or_load(
     Raises
     ------
     RunError
-        A folder of another run, damaged files; with ``MURA_RUNS=record``, a run
+        A config that is not JSON, a folder of another run, damaged files; with ``MURA_RUNS=record``, a run
         that is to be recorded, not there and not named by the regular expression ``MURA_ONLY``.
     TrainingError
         A model that says the same of all images.
@@ -257,7 +257,12 @@ def _flat(value: Any, item: str = "") -> dict[str, Any]:
 def _identity(name: str, config: dict, index: pd.DataFrame, profile: profiles.Profile, weights: str) -> dict:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise RunError(f"A run's name becomes a folder: letters, digits, '-' and '_' only, not {name!r}.")
-    text = json.dumps(config, sort_keys=True, allow_nan=False, default=lambda value: value.item())
+    try:
+        text = json.dumps(config, sort_keys=True, allow_nan=False, default=lambda value: value.item())
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"A run's config must hold numbers, text, lists, dicts only: {error}") from error
+    if index.empty:
+        raise RunError("The index has no rows: there is nothing to train on.")
     of_data = (data.fingerprint(index), index.attrs["name"], index.attrs["is_demo"])
     values = (name, json.loads(text), *of_data, profile.name, weights)
     return dict(zip(IDENTITY, values, strict=True))

@@ -1,4 +1,4 @@
-"""Room `data`: is a data folder whole? Compare it with what it must hold; unpack MURA's zip file.
+"""Room `data`: is a data folder whole? Compare it with what it must hold; unpack MURA's zip file safely.
 
 Opens every image; `extract` alone writes. Knows `index`, whose `load_index` reads the CSV files. The setup
 chapter explains ``mura-course check``.
@@ -7,9 +7,11 @@ chapter explains ``mura-course check``.
 import hashlib
 import io
 import os
+import re
+import stat
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -18,7 +20,7 @@ from tqdm import tqdm  # not tqdm.auto: it warns where ipywidgets are missing
 
 from .. import disk, paths
 from ..errors import DataError, MuraError, printable
-from .index import SPLITS, data_folders, demo_table, few, find_root, load_index
+from .index import SPLITS, demo_table, few, find_root, load_index
 
 # What `counts` gives for MURA v1.1, counted from the CSV files that Stanford published.
 MURA = pd.read_csv(Path(__file__).with_name("mura_v1.1.csv"), index_col=["split", "body_part"])
@@ -146,8 +148,8 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
     Raises
     ------
     DataError
-        It is missing or no zip file, damaged or encrypted, or holds no data in MURA's layout; nothing is left
-        then. Or the folder exists already.
+        It is missing or no zip file, damaged or encrypted, holds no data in MURA's layout, or a link, a
+        name twice or one that leads outside; nothing is written then. Or the folder exists already.
     DiskError
         No room, or no permission.
     """
@@ -157,12 +159,28 @@ def extract(archive: str | os.PathLike, out: str | os.PathLike | None = None) ->
         raise DataError(f"{target} exists already. Check it, or unpack elsewhere: --out FOLDER.")
     try:
         with zipfile.ZipFile(archive) as packed, disk.atomic(target, "") as beside:
+            _refuse_unsafe(archive, packed.infolist())
             for entry in tqdm(packed.infolist(), "Unpacking", leave=False, unit="file"):
-                packed.extract(entry, beside)  # never outside, and never as a link
-            if not data_folders(beside):
-                raise DataError(f"{archive} holds no data in MURA's layout. Name the one from Stanford.")
+                packed.extract(entry, beside)
     except MuraError:
         raise
     except Exception as error:  # zipfile raises many kinds on damage
         raise DataError(f"{archive} cannot be unpacked ({error}). Download it again.") from error
     return find_root(target)
+
+
+def _refuse_unsafe(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Raise DataError, before anything is written, unless the archive's entries are safe, and MURA's."""
+    names: set[str] = set()
+    for entry in entries:
+        name, place = entry.filename, str(PurePosixPath(entry.filename)).lower()
+        problem = "stands in it twice" if place in names else ""
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = "is a link or a device"
+        if name.startswith("/") or {"..", *"\\:"} & {*PurePosixPath(name).parts, *name}:
+            problem = "leads out of the folder"
+        if problem:
+            raise DataError(f"{archive}: {name!r} {problem}. Download the archive again.")
+        names.add(place)
+    if not any(re.search(r"(^|/)train(_image_paths\.csv$|/xr_)", name) for name in names):
+        raise DataError(f"{archive} holds no data in MURA's layout. Name the archive that you downloaded.")

@@ -74,7 +74,7 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
     if named := os.environ.get("MURA_DATA", "").strip():
         return _root_below(paths.absolute(named), "the environment variable MURA_DATA")
     for mount in (folder for pattern in MOUNTS for folder in sorted(Path("/").glob(pattern))):
-        if found := data_folders(mount):
+        if found := _candidates(mount):
             return found[0]
     import mura_demo  # the renderer, needed only here
 
@@ -82,7 +82,7 @@ def find_root(root: str | os.PathLike | None = None) -> Path:
 
 
 def _root_below(folder: Path, source: str) -> Path:
-    found = data_folders(folder)
+    found = _candidates(folder)
     if not found:
         problem = "is a file" if folder.is_file() else "holds no data in MURA's layout"
         problem = problem if folder.exists() else "does not exist"
@@ -92,7 +92,7 @@ def _root_below(folder: Path, source: str) -> Path:
     return found[0]
 
 
-def data_folders(folder: Path) -> list[Path]:
+def _candidates(folder: Path) -> list[Path]:
     """Return the data folders at the shallowest level that has any: unpacking often nests one in another."""
     level = [folder]
     for _ in range(3):

@@ -1,18 +1,19 @@
 """Training with Lightning: a model, its batches and a `Stage`; whole recipes as runs (room: torch_tools).
 
 Writes below the working folder that it is given; first stages that several recipes share lie below
-``<cache folder>/first_stages``. Chapter 7 writes the same training step out in plain PyTorch, chapter 8
+``<cache folder>/stages``. Chapter 7 writes the same training step out in plain PyTorch, chapter 8
 trains in stages.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import pickle
 import time
 import warnings
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, BinaryCohenKappa, MulticlassF1Score
 from torchmetrics.utilities.data import dim_zero_cat
@@ -164,20 +166,35 @@ class Task(lightning.LightningModule):
 # What survives a kill ---------------------------------------------------------------------------
 
 
+class Checkpoints(TorchCheckpointIO):
+    """Lightning's checkpoints: whole, headed by their SHA-256, and never unpickled."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`."""
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        with disk.atomic(Path(path)) as beside:
+            beside.write_bytes(hashlib.sha256(content.getbuffer()).digest() + content.getbuffer())
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Return the checkpoint at `path`; errors as `read`."""
+        return read(Path(path))
+
+
 def read(file: Path, task: Task | None = None) -> dict[str, Any]:
-    """Return the checkpoint that Lightning wrote to `file`, and fill `task` with it.
+    """Return the checkpoint in `file`, and fill `task` with it.
 
     TrainingError where it was changed, holds more than plain values, or is of another model.
     """
     try:
-        with zipfile.ZipFile(file) as content:
-            if changed := content.testzip():  # torch.load compares no checksums
-                raise zipfile.BadZipFile(f"{changed} has changed since it was written")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        content = file.read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            raise OSError("its content has changed since it was written")
+        checkpoint = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
         if task is not None:
             task.load_state_dict(checkpoint["state_dict"])
         return checkpoint
-    except Exception as error:  # torch and zipfile raise many kinds on damage
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{file} is damaged or of another model. Delete {file.parent}.") from error
 
 
@@ -216,7 +233,7 @@ def fit(
     ------
     TrainingError
         A loss that is not a number; patience without dev; a damaged checkpoint, or one of another model.
-    OSError
+    DiskError
         No room or no permission to write.
     DataError
         The batches have another scale than the model expects.
@@ -237,7 +254,7 @@ def fit(
             callbacks = [EarlyStopping(patience=stage.patience, **by), best, *callbacks]
         options = {"devices": 1, "num_sanity_val_steps": 0, "max_epochs": epochs} | QUIET | options
         with warnings.catch_warnings(action="ignore"):  # advice about loaders that does not apply to ours
-            trainer = lightning.Trainer(callbacks=callbacks, **options)
+            trainer = lightning.Trainer(callbacks=callbacks, plugins=[Checkpoints()], **options)
             trainer.fit(task, *loaders, ckpt_path=last if last.exists() else None, weights_only=True)
         state = read(last, task)
     if stage.patience is not None:
@@ -327,7 +344,7 @@ def _folder(recipe: Recipe, number: int, films: pd.DataFrame, weights: str, work
         return workdir
     begun = recipe.config() | {"stages": recipe.config()["stages"][:number]}
     key = json.dumps([weights, begun, data.fingerprint(films), torch.__version__], sort_keys=True)
-    return disk.workdir(paths.cache_dir() / "first_stages" / hashlib.sha256(key.encode()).hexdigest()[:16])
+    return disk.workdir(paths.cache_dir() / "stages" / hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
 def train(

@@ -231,12 +231,12 @@ def test_results_depend_on_profile_data_and_libraries(tmp_path, monkeypatch):
             monkeypatch.setenv("MURA_PROFILE", profile)
             keys += [execution_cache.execution_key()]
     assert execution_cache.execution_key() == keys[-1]
-    monkeypatch.setattr(execution_cache, "library_versions", lambda: ["numpy 3"])
+    monkeypatch.setattr(execution_cache, "versions_of_libraries", lambda: ["numpy 3"])
     assert len({*keys, execution_cache.execution_key()}) == 5
 
 
 def test_every_library_that_chapters_run_on_counts():
-    named = {line.split()[0] for line in execution_cache.library_versions()}
+    named = {line.split()[0] for line in execution_cache.versions_of_libraries()}
     assert {"numpy", "tensorflow", "torch", "lightning", "rapidocr", "keras-ocr"} <= named
     assert not named & {"ruff", "pytest", "mura-course"}  # a newer linter changes no result
 

@@ -91,27 +91,15 @@ def test_interrupted_it_goes_on_with_history_best_and_stopping(sets, tmp_path, m
             torch.testing.assert_close(value, whole.state_dict()[name])
 
 
-def test_fault_4_a_flipped_byte_in_a_resume_file_is_noticed_where_it_means_anything(sets, tmp_path):
+def test_fault_4_a_flipped_byte_in_a_resume_file_is_noticed(sets, tmp_path):
     fit(model_of(), sets, tmp_path, epochs=2)
-    noticed = 0
     for name in ("last.ckpt", "best.ckpt"):
-        whole, expected = (tmp_path / name).read_bytes(), training.read(tmp_path / name)
-        for changed in (whole[: len(whole) // 2], b"", *flips(whole)):
+        whole = (tmp_path / name).read_bytes()
+        for changed in (*flips(whole), whole[: len(whole) // 2], b""):
             (tmp_path / name).write_bytes(changed)
-            try:
-                found = training.read(tmp_path / name)
-            except TrainingError as error:
-                noticed += 1
-                assert f"{name} is damaged" in str(error) and f"Delete {tmp_path}" in str(error)
-            else:  # a bit of padding, or of a date
-                assert found["rows"] == expected["rows"] and found["callbacks"] == expected["callbacks"]
-                torch.testing.assert_close(found["state_dict"], expected["state_dict"], rtol=0, atol=0)
-        assert len(changed) == len(whole)
-        (tmp_path / name).write_bytes(b"")
-        with pytest.raises(TrainingError, match=f"{name} is damaged"):
-            fit(model_of(), sets, tmp_path, epochs=2)
+            with pytest.raises(TrainingError, match=f"{name} is damaged.*Delete {tmp_path}"):
+                fit(model_of(), sets, tmp_path, epochs=2)
         (tmp_path / name).write_bytes(whole)
-    assert noticed > 40
 
 
 def test_a_steep_learning_rate_a_wrong_scale_and_another_models_folder_are_refused(sets, films, tmp_path):
